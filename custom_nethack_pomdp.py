@@ -1,0 +1,2426 @@
+"""Recurrent advantage-weighted regression with burn-in for NetHack, learned offline from AutoAscend's games.
+
+One file, read from top to bottom: configuration, utilities, data, backbone, the EDITABLE block (model and
+algorithm), evaluation, checkpoints, training. It trains on games of the symbolic bot AutoAscend (NLD-AA) and plays
+NetHack (NLE) with the result. The score is the game's score over AutoAscend's mean score for that character.
+
+    python custom_nethack_pomdp.py --data_path DIR                              # CPU or the first GPU
+    python custom_nethack_pomdp.py --config scripts/configs/gpu.yaml --data_path DIR --character mon-hum-neu
+    python custom_nethack_pomdp.py --data_path DIR --resume true                # go on where a run stopped
+    python custom_nethack_pomdp.py --submission scripts/references/bc.py --data_path DIR
+    python custom_nethack_pomdp.py --help
+
+Axes: B rows of a batch, T steps of a chunk (seq_len), A actions (121), H hidden units (2048), L layers (2), N games.
+
+A batch holds T + 1 frames of each row; the last one is the first of the row's next chunk and serves only as the
+successor of frame T - 1. Only frames 0 .. T - 1 can carry loss.
+
+    tty_chars   [B, T+1, 24, 80]  uint8    characters on the terminal
+    tty_colors  [B, T+1, 24, 80]  int8     colours 0..31 (bit 16: inverse video)
+    tty_cursor  [B, T+1, 2]       uint8    row and column of the cursor
+    blstats     [B, T+1, 27]      int32    NLE's bottom-line statistics as read off the status lines; all 0 if hidden
+    actions     [B, T+1]          int64    index into nle.nethack.ACTIONS
+    rewards     [B, T+1]          float32  score[t+1] - score[t], over `reward_scale`, clipped to +-clip_range
+    dones       [B, T+1]          bool     the player's last frame of a game
+    mask        [B, T+1]          bool     the frame counts: not padding, and its key is an action
+    starts      [B]               bool     the row's first frame does not follow the batch before: clear the state
+    returns     [B, T+1]          float32  exact discounted return-to-go (held-out batches only)
+"""
+
+# ======================================================================================================================
+# FIXED: imports and constants
+# ======================================================================================================================
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import zlib
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import Queue
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import nle
+import numpy as np
+import pyrallis
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+from nle import nethack
+from nle.dataset.dataset import converter as ttyrec_converter
+from nle.env.tasks import NetHackScore
+from torch.distributions import Categorical
+from tqdm.auto import tqdm
+
+ROWS, COLS = 24, 80  # the terminal
+CELLS = ROWS * COLS
+NUM_BLSTATS = 27  # nle.nethack.BLSTATS_SHAPE
+NUM_ACTIONS = len(nethack.ACTIONS)  # 121
+NO_ACTION = NUM_ACTIONS  # "previous action" of a game's first frame: no real action has this index
+UNKNOWN_KEY = 255  # in the store: a keypress that is none of the 121 actions
+SPACE = ord(" ")
+
+# Key to action. Three keys have two actions (`"` 77/109, `$` 79/120, `+` 81/105); either sends the same key, and the
+# last index is the one that Katakomba's data uses.
+KEY_TO_ACTION = np.full(256, UNKNOWN_KEY, dtype=np.uint8)
+for _index, _action in enumerate(nethack.ACTIONS):
+    KEY_TO_ACTION[int(_action)] = _index
+
+# AutoAscend's mean score for each character, by which scores are divided (Katakomba, arXiv 2306.08772, table of scores).
+AUTOASCEND_MEAN_SCORE: Dict[str, float] = {
+    "arc-dwa-law": 5445.69, "arc-gno-neu": 5316.57, "arc-hum-law": 5826.35, "arc-hum-neu": 6636.44,
+    "bar-hum-cha": 18228.11, "bar-hum-neu": 17836.68, "bar-orc-cha": 17594.38, "cav-dwa-law": 11893.48,
+    "cav-gno-neu": 10083.06, "cav-hum-law": 12462.82, "cav-hum-neu": 12113.87, "hea-gno-neu": 3783.93,
+    "hea-hum-neu": 4068.27, "kni-hum-law": 14137.06, "mon-hum-cha": 18353.30, "mon-hum-law": 16091.57,
+    "mon-hum-neu": 17456.05, "pri-elf-cha": 7109.35, "pri-hum-cha": 8262.56, "pri-hum-law": 6847.99,
+    "pri-hum-neu": 7732.69, "ran-elf-cha": 9014.18, "ran-gno-neu": 6965.04, "ran-hum-cha": 8378.50,
+    "ran-hum-neu": 8067.99, "ran-orc-cha": 7608.48, "rog-hum-cha": 4818.20, "rog-orc-cha": 4897.69,
+    "sam-hum-law": 11009.36, "tou-hum-neu": 4211.47, "val-dwa-law": 23473.61, "val-hum-law": 26103.03,
+    "val-hum-neu": 18624.77, "wiz-elf-cha": 5005.16, "wiz-gno-neu": 4317.51, "wiz-hum-cha": 5316.82,
+    "wiz-hum-neu": 5323.48, "wiz-orc-cha": 5016.74,
+}  # fmt: skip
+
+Batch = Dict[str, torch.Tensor]
+RNNState = Tuple[torch.Tensor, torch.Tensor]  # (h, c), each [L, B, H]
+
+
+class UserError(Exception):
+    """A mistake of the user's: `main` prints its one line on stderr and exits with 2."""
+
+
+# ======================================================================================================================
+# FIXED: configuration
+# ======================================================================================================================
+@dataclass
+class TrainConfig:
+    """Settings of a run. Names and defaults are Katakomba's where it has them, `character` aside."""
+
+    # --- what is learned and played
+    character: str = "mon-hum-neu,val-hum-neu,ran-hum-neu"  # one or several, by commas: train on all, evaluate on each
+    data_path: Optional[str] = None  # NLD-AA folder, Katakomba .hdf5 file or folder, or a chunk store [Katakomba's folder]
+    data_mode: str = "compressed"  # accepted for Katakomba's command lines; data is always read compressed
+    store_path: str = "runs/stores"  # folder where chunk stores are built
+    heldout_share: float = 0.1  # share of each character's games that is never trained on (chosen by hash of the name)
+    data_workers: int = 2  # threads that decode frames ahead of the training step
+    submission: Optional[str] = None  # take Model and OfflineAlgorithm from this file instead of the block below
+    algorithm: Dict[str, Any] = field(default_factory=dict)  # overrides of AWRConfig, e.g. '{burn_in: 8, lam: 0.9}'
+    # --- logging
+    project: str = "NetHack"  # wandb project
+    group: str = "nethack_awr"  # wandb group and folder of runs; "-v<version>" is appended
+    name: str = "awr"  # run name; "-<character>-seed<train_seed>" is appended
+    version: int = 0  # number appended to the group
+    log_every: int = 50  # updates between logged rows
+    # --- model (rnn_hidden_dim and rnn_layers are the benchmark's and cannot be changed)
+    rnn_hidden_dim: int = 2048  # LSTM units a layer: 2048
+    rnn_layers: int = 2  # LSTM layers: 2
+    use_prev_action: bool = True  # feed the previous action to the LSTM
+    rnn_dropout: float = 0.0  # dropout between the LSTM's layers
+    clip_range: float = 10.0  # scaled rewards are clipped to +- this
+    tau: float = 0.005  # Polyak rate of target networks (used by reference algorithms)
+    gamma: float = 0.999  # discount a step
+    # --- training
+    update_steps: int = 500_000  # gradient steps in all
+    batch_size: int = 64  # rows a batch, on each GPU
+    seq_len: int = 16  # steps a chunk (T)
+    learning_rate: float = 3e-4  # peak learning rate of AdamW
+    lr_schedule: str = "constant"  # constant, or cosine: down to a tenth at the last transition
+    warmup_transitions: int = 0  # transitions over which the learning rate rises from 0
+    weight_decay: float = 0.0  # AdamW's, on weight matrices only
+    clip_grad_norm: Optional[float] = None  # clip the gradient's norm to this
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: str = "auto"  # auto (bf16 on GPUs that have it, fp16 on others, fp32 on a CPU), fp32, bf16 or fp16
+    train_seed: int = 42  # seed of initial weights and of the order of games
+    # --- checkpoints
+    checkpoints_path: Optional[str] = None  # runs are written to <checkpoints_path>/<group>/<name> [runs]
+    checkpoint_every: int = 2_000  # updates between checkpoints
+    keep_checkpoints: bool = False  # also keep the weights of every evaluation as <step>.pt
+    resume: bool = False  # go on with the newest unfinished run of the same identity
+    # --- evaluation
+    eval_every: int = 10_000  # updates between evaluations; the last update is always evaluated
+    eval_episodes: int = 50  # games a character; 0 plays none
+    eval_processes: int = 14  # game slots that play side by side
+    render_processes: int = 14  # accepted for Katakomba's command lines; nothing is rendered
+    eval_workers: int = 0  # processes that run the game slots; 0: as many as there are cores
+    eval_max_steps: int = 1_000_000  # a game is cut after so many actions (counted and reported)
+    eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
+    eval_seed: int = 50  # seed of the evaluation games and of sampled actions
+
+    def __post_init__(self) -> None:
+        validate_config(self)
+
+    @property
+    def characters(self) -> List[str]:
+        return [name.strip() for name in self.character.split(",") if name.strip()]
+
+
+POSITIVE_FIELDS = ("log_every", "update_steps", "batch_size", "seq_len", "learning_rate", "checkpoint_every", "eval_every",
+                   "eval_processes", "eval_max_steps", "clip_range", "data_workers", "render_processes")  # fmt: skip
+NON_NEGATIVE_FIELDS = ("warmup_transitions", "weight_decay", "eval_episodes", "eval_workers", "eval_heldout_frames",
+                       "train_seed", "eval_seed", "version")  # fmt: skip
+CHOICES = {
+    "data_mode": ("compressed", "memmap", "in_memory"),
+    "lr_schedule": ("constant", "cosine"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+}
+
+
+def validate_config(config: TrainConfig) -> None:
+    """Raises UserError with one line that says what to change."""
+    if config.rnn_hidden_dim != 2048 or config.rnn_layers != 2:
+        raise UserError("rnn_hidden_dim = 2048 and rnn_layers = 2 are the benchmark's and cannot be changed")
+    if not config.characters:
+        raise UserError("character is empty; give one or several, e.g. mon-hum-neu,val-hum-neu")
+    for character in config.characters:
+        if character not in AUTOASCEND_MEAN_SCORE:
+            close = difflib.get_close_matches(character, AUTOASCEND_MEAN_SCORE, n=3)
+            raise UserError(f"unknown character {character!r}; did you mean {', '.join(close) or 'mon-hum-neu'}?")
+    if len(set(config.characters)) != len(config.characters):
+        raise UserError(f"character names one twice: {config.character}")
+    for name in POSITIVE_FIELDS:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} must be above 0, not {getattr(config, name)}")
+    for name in NON_NEGATIVE_FIELDS:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{name} must not be negative, but is {getattr(config, name)}")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    for name in ("gamma", "tau", "rnn_dropout"):
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            raise UserError(f"{name} must lie between 0 and 1, not {getattr(config, name)}")
+    if not 0.0 <= config.heldout_share < 1.0:
+        raise UserError(f"heldout_share must be at least 0 and below 1, not {config.heldout_share}")
+    if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
+        raise UserError(f"clip_grad_norm must be above 0 or null, not {config.clip_grad_norm}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {config.device!r}")
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which rejects a key given twice instead of silently taking the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=UniqueKeyLoader)
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: an unhashable key
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def config_types() -> Dict[str, Any]:
+    return {item.name: item.type for item in dataclasses.fields(TrainConfig)}
+
+
+def coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` (from YAML or the command line) as `kind`; strict, since a value misread in silence spoils a run."""
+    optional = type(None) in getattr(kind, "__args__", ())
+    if optional:
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "~", "")):
+            return None
+        kind = next(arg for arg in kind.__args__ if arg is not type(None))
+    problem = UserError(f"{name}: {value!r} is not a valid {getattr(kind, '__name__', 'value')}")
+    if kind is str:
+        if isinstance(value, (dict, list)) or value is None:
+            raise problem
+        return str(value)
+    if kind is bool:
+        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in known:
+            raise UserError(f"{name}: {value!r} is neither true nor false")
+        return known[str(value).lower()]
+    if kind in (int, float):
+        try:
+            number = float(value if not isinstance(value, bool) else "x")
+        except (TypeError, ValueError):
+            raise problem from None
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise problem
+        return kind(number) if kind is float or abs(number) >= 2**53 else int(number)
+    mapping = parse_yaml(value, name) if isinstance(value, str) else value
+    if mapping is None:
+        mapping = {}
+    if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+        raise UserError(f"{name} takes a mapping such as '{{burn_in: 8}}', not {value!r}")
+    return mapping
+
+
+def check_known(key: str, where: str) -> None:
+    if key not in config_types():
+        close = difflib.get_close_matches(str(key), config_types(), n=1)
+        raise UserError(f"{where}: unknown setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def read_config_file(path: str) -> Dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {getattr(error, 'strerror', None) or error}") from None
+    values = parse_yaml(text, path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config file must hold lines such as 'batch_size: 64'")
+    for key in values:
+        check_known(key, path)
+    return values
+
+
+def split_arguments(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, str]]:
+    """['--config', 'x.yaml', '--seed=1', ...] -> (config file or None, {name: text})."""
+    config_file, values, position = None, {}, 0
+    while position < len(argv):
+        token = argv[position]
+        if not token.startswith("--"):
+            raise UserError(f"unexpected argument {token!r}; settings are given as --name value")
+        name, equals, text = token[2:].partition("=")
+        position += 1
+        if not equals:
+            if position >= len(argv):
+                raise UserError(f"--{name} needs a value")
+            text = argv[position]
+            position += 1
+        if name in ("config", "config_path"):
+            config_file = text
+        else:
+            check_known(name, "command line")
+            values[name] = text
+    return config_file, values
+
+
+def parse_config(argv: Sequence[str]) -> TrainConfig:
+    """Command line over config file over defaults; `algorithm` is merged key by key. Raises UserError."""
+    if "-h" in argv or "--help" in argv:
+        pyrallis.parse(config_class=TrainConfig, args=["--help"])  # prints and exits with 0
+    config_file, arguments = split_arguments(argv)
+    from_file = read_config_file(config_file) if config_file else {}
+    values = {}
+    for name, kind in config_types().items():
+        layers = [coerce(name, layer[name], kind) for layer in (from_file, arguments) if name in layer]
+        if layers:
+            values[name] = {**layers[0], **layers[-1]} if name == "algorithm" else layers[-1]
+    return TrainConfig(**values)
+
+
+# ======================================================================================================================
+# FIXED: utilities (seeds, timers, logging)
+# ======================================================================================================================
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def derived_seed(*parts: int) -> int:
+    """A 63-bit seed that depends on every part and on their order."""
+    digest = hashlib.sha256(",".join(str(int(part)) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source, for every parameter (Polyak averaging)."""
+    with torch.no_grad():
+        for target_param, source_param in zip(target.parameters(), source.parameters()):
+            target_param.lerp_(source_param, tau)
+
+
+def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
+    """Mean of |tau - 1(u < 0)| u^2: the expectile loss of IQL (arXiv 2110.06169, equation 5)."""
+    return torch.mean(torch.abs(tau - (u < 0).float()) * u**2)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def sha256_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """`write(file)` to a temporary file, synced, then renamed: `path` holds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Timers:
+    """Seconds spent in named parts of the loop since the last `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: Dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> Dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def say(text: str) -> None:
+    """One line on standard output, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def start_wandb(config: TrainConfig, run_dir: Path, run_id: Optional[str]) -> Any:
+    """A wandb run, or None. WANDB_MODE decides where it is set; otherwise online with a key and offline without."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        say("wandb is not installed: metrics go to metrics.jsonl only")
+        return None
+    settings: Dict[str, Any] = dict(project=config.project, group=f"{config.group}-v{config.version}", name=run_dir.name,
+                                    dir=str(run_dir), config=asdict(config), id=run_id, resume="allow")  # fmt: skip
+    if not mode and not wandb.api.api_key:
+        say("wandb has no key: the run is logged offline, `wandb sync` uploads it later")
+        settings["mode"] = "offline"
+    try:
+        run = wandb.init(**settings)
+    except Exception as error:  # wandb's own errors have no common base over its versions; a run must not die of them
+        warn(f"wandb could not start ({' '.join(str(error).split())}); the run is logged offline")
+        run = wandb.init(**{**settings, "mode": "offline"})
+    if hasattr(run, "define_metric"):
+        run.define_metric("*", step_metric="step")  # our own x axis: a resumed run then lies where it belongs
+    return run
+
+
+class RunLogger:
+    """Every row goes to metrics.jsonl, to wandb if there is a run, and in short to standard output."""
+
+    def __init__(self, path: Path, wandb_run: Any = None) -> None:
+        self.file = open(path, "a", encoding="utf-8")
+        self.wandb_run = wandb_run
+
+    def log(self, row: Dict[str, float], step: int, transitions: int) -> None:
+        row = {"step": step, "transitions": transitions, **row}
+        clean = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON knows no NaN
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(row)
+
+    @staticmethod
+    def line(tag: str, values: Dict[str, float]) -> None:
+        """The lines that readers of standard output look for: `TRAIN_METRICS step=... name=value ...`."""
+        say(tag + " " + " ".join(f"{key}={value:.6g}" for key, value in values.items()))
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+# ======================================================================================================================
+# FIXED: data. Status lines -> games -> chunk store -> batches
+# ======================================================================================================================
+# --- status lines: what the terminal's last two rows say, in the places of NLE's blstats
+STRENGTH = re.compile(rb" St:(\d+)(?:/(\d\d|\*\*))? Dx:(\d+) Co:(\d+) In:(\d+) Wi:(\d+) Ch:(\d+)\s+(Lawful|Neutral|Chaotic)?")
+VITALS = re.compile(
+    rb"^(?:Dlvl:(?P<depth>-?\d+)|Home (?P<home>\d+)|(?P<place>Fort Ludios|Earth|Air|Fire|Water|Astral Plane))\s+"
+    rb"\S:(?P<gold>\d+) HP:(?P<hp>-?\d+)\((?P<hpmax>\d+)\) Pw:(?P<pw>-?\d+)\((?P<pwmax>\d+)\) AC:(?P<ac>-?\d+)\s+"
+    rb"(?:Xp:(?P<level>\d+)(?:/(?P<points>\d+))?|HD:(?P<hd>\d+))(?: T:(?P<turn>\d+))?(?P<words>.*)$"
+)
+ALIGNMENT = {b"Lawful": 1, b"Neutral": 0, b"Chaotic": -1, None: 0}
+PLANES = {b"Earth": -1, b"Air": -2, b"Fire": -3, b"Water": -4, b"Astral Plane": -5}  # their depth in NetHack
+STATUS_WORDS: Dict[bytes, Tuple[int, int]] = {}  # word -> (place in blstats, value or bit)
+for _value, _word in enumerate(["Satiated", "", "Hungry", "Weak", "Fainting", "Fainted", "Starved"]):
+    STATUS_WORDS[_word.encode()] = (21, _value)
+for _value, _words in enumerate(["Burdened Burden Brd", "Stressed Stress Strs", "Strained Strain Strn",
+                                 "Overtaxed Overtax Ovtx", "Overloaded Overload Ovld"], start=1):  # fmt: skip
+    STATUS_WORDS.update({_word.encode(): (22, _value) for _word in _words.split()})
+for _value, _words in enumerate(["Stone Ston Sto", "Slime Slim Slm", "Strngl Stngl Str", "FoodPois Fpois Poi", "TermIll Ill",
+                                 "Blind Blnd Bl", "Deaf Def Df", "Stun St", "Conf Cnf Cf", "Hallu Hal Hl", "Lev Lv", "Fly Fl",
+                                 "Ride Rid Rd"]):  # fmt: skip
+    STATUS_WORDS.update({_word.encode(): (25, 1 << _value) for _word in _words.split()})
+
+
+def parse_upper_status(row: bytes) -> Dict[int, int]:
+    """Terminal row 22 -> {place in blstats: value}; empty when a menu hides the row."""
+    found = STRENGTH.search(row)
+    if not found:
+        return {}
+    base, extra, *others = found.groups()
+    # 18/xx counts on from 18, 18/** is 118, and 19 to 25 lie above that, at 119 to 125 (NetHack's STR18 and STR19)
+    strength = int(base) + (100 if extra == b"**" else int(extra or 0)) + (100 if int(base) > 18 else 0)
+    compact = strength if strength <= 18 else 19 + strength // 50 if strength <= 121 else min(strength, 125) - 100
+    abilities = [compact, strength] + [int(value) for value in others[:5]]
+    return {**dict(zip(range(2, 9), abilities)), 26: ALIGNMENT[others[5]]}
+
+
+def parse_lower_status(row: bytes) -> Dict[int, int]:
+    """Terminal row 23 -> {place in blstats: value}; empty when a menu hides the row."""
+    found = VITALS.match(row)
+    if not found:
+        return {}
+    group = found.groupdict()
+    places = {10: "hp", 11: "hpmax", 13: "gold", 14: "pw", 15: "pwmax", 16: "ac", 17: "hd", 18: "level", 19: "points", 20: "turn"}
+    stats = {place: int(group[name] or 0) for place, name in places.items()}
+    stats[12] = int(group["depth"]) if group["depth"] else PLANES.get(group["place"] or b"", 0)
+    stats[24] = int(group["home"] or 0)
+    stats[21] = 1  # not hungry, unless a word says otherwise
+    for word in group["words"].split():
+        if word in STATUS_WORDS:
+            place, value = STATUS_WORDS[word]
+            stats[place] = stats.get(place, 0) | value if place == 25 else value
+    return stats
+
+
+class StatusReader:
+    """Reads blstats off terminals. Rows repeat from frame to frame, so parsed rows are remembered."""
+
+    MEMORY = 65_536  # rows; a game shows a few thousand
+
+    def __init__(self) -> None:
+        self.upper: Dict[bytes, np.ndarray] = {}
+        self.lower: Dict[bytes, np.ndarray] = {}
+
+    @classmethod
+    def _lookup(cls, memory: Dict[bytes, np.ndarray], row: bytes, parse: Callable[[bytes], Dict[int, int]]) -> np.ndarray:
+        known = memory.get(row)
+        if known is None:
+            if len(memory) >= cls.MEMORY:
+                memory.clear()
+            known = memory[row] = np.zeros(NUM_BLSTATS, dtype=np.int32)
+            for place, value in parse(row).items():
+                known[place] = max(-(2**31), min(value, 2**31 - 1))
+        return known
+
+    def __call__(self, chars: np.ndarray) -> np.ndarray:
+        """chars [n, 24, 80] uint8 -> [n, 27] int32, all zeros where a menu hides the status lines.
+
+        Places as in NLE (blstats.h); what the screen does not show (position 0/1, score 9, dungeon 23) stays 0.
+        """
+        rows = np.ascontiguousarray(chars[:, 22:24]).tobytes()
+        stats = np.empty((len(chars), NUM_BLSTATS), dtype=np.int32)
+        for index in range(len(chars)):
+            begin = index * 2 * COLS
+            upper = self._lookup(self.upper, rows[begin : begin + COLS], parse_upper_status)
+            lower = self._lookup(self.lower, rows[begin + COLS : begin + 2 * COLS], parse_lower_status)
+            np.add(upper, lower, out=stats[index])  # they fill different places
+        return stats
+
+
+# --- games as recorded
+class GameError(Exception):
+    """A game that cannot be read; the build skips it, names it and goes on."""
+
+
+class GameSource(NamedTuple):
+    """Where a game lies. `key` is the group inside an HDF5 file, empty for a ttyrec."""
+
+    name: str  # the same wherever the data lies; held-out games are chosen by it
+    path: str
+    key: str
+    size: int
+    mtime_ns: int
+
+
+class Frames(NamedTuple):
+    """Consecutive frames of one game. Frame t is what the player saw before action t, score t the score by then."""
+
+    chars: np.ndarray  # [n, 24, 80] uint8
+    colors: np.ndarray  # [n, 24, 80] int8
+    cursor: np.ndarray  # [n, 2] uint8
+    actions: np.ndarray  # [n] uint8, UNKNOWN_KEY where the key is no action
+    spaces: np.ndarray  # [n] bool, the key was SPACE
+    scores: np.ndarray  # [n] int32
+
+    def cut(self, start: int, stop: int) -> "Frames":
+        return Frames(*(array[start:stop] for array in self))
+
+
+PIECE = 1024  # frames decoded at a time; the end of a game (some 15 frames) must fit into one
+
+
+def read_ttyrec(path: str) -> Iterator[Frames]:
+    """Pieces of at most PIECE frames of a ttyrec3.bz2 file, through nle.dataset's converter. Raises GameError."""
+    decoder = ttyrec_converter.Converter(ROWS, COLS, 3)
+    try:
+        decoder.load_ttyrec(path, gameid=1, part=0)
+        remaining = 0
+        while remaining == 0:
+            chars, colors = np.empty((PIECE, ROWS, COLS), np.uint8), np.empty((PIECE, ROWS, COLS), np.int8)
+            cursor, times = np.empty((PIECE, 2), np.int16), np.empty(PIECE, np.int64)
+            keys, scores = np.empty(PIECE, np.uint8), np.empty(PIECE, np.int32)
+            remaining = decoder.convert(chars, colors, cursor, times, keys, scores)
+            frames = Frames(chars, colors, cursor.astype(np.uint8), KEY_TO_ACTION[keys], keys == SPACE, scores)
+            yield frames.cut(0, PIECE - remaining)
+    except (RuntimeError, ValueError, OSError, IndexError) as error:
+        raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def read_hdf5(path: str, key: str) -> Iterator[Frames]:
+    """Pieces of at most PIECE frames of one game of a Katakomba HDF5 file. Raises GameError."""
+    import h5py
+
+    space_action = KEY_TO_ACTION[SPACE]
+    try:
+        with h5py.File(path, "r") as file:
+            game, score = file[key], 0
+            length = len(game["actions"])
+            if any(len(game[name]) != length for name in ("tty_chars", "tty_colors", "tty_cursor", "rewards")):
+                raise GameError("its arrays have different lengths")
+            for start in range(0, length, PIECE):
+                part = slice(start, min(start + PIECE, length))
+                actions, rewards = game["actions"][part].astype(np.int64), game["rewards"][part].astype(np.int64)
+                actions = np.where((actions >= 0) & (actions < NUM_ACTIONS), actions, UNKNOWN_KEY).astype(np.uint8)
+                scores = score + np.concatenate([[0], np.cumsum(rewards)])  # they keep score differences, we keep scores
+                score = int(scores[-1])
+                yield Frames(game["tty_chars"][part].astype(np.uint8), game["tty_colors"][part].astype(np.int8),
+                             game["tty_cursor"][part].astype(np.uint8), actions, actions == space_action,
+                             scores[:-1].astype(np.int32))  # fmt: skip
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def screen_text(chars: np.ndarray) -> bytes:
+    """[24, 80] uint8 -> its bytes, row after row."""
+    return chars.tobytes()
+
+
+def find_first_frame(frames: Frames) -> int:
+    """Index of the player's first frame: NLE itself answers start-up screens with SPACE, and they are recorded too."""
+    index = 0
+    while index < len(frames.chars) and frames.spaces[index]:
+        text = screen_text(frames.chars[index])
+        greeting = b"welcome to NetHack!" in text and b"--More--" in text
+        if VITALS.match(text[-COLS:]) and not greeting:
+            break
+        index += 1
+    return index
+
+
+MENU_PAGE = re.compile(rb"\((?:end|\d+ of \d+)\) *")
+DEATH_MESSAGE = re.compile(rb"You (?:die|drown|suffocate|burn|turn to|are turned|dissolve|choke|escaped|ascend)")
+
+
+def find_end_of_play(frames: Frames) -> Optional[int]:
+    """Index of the first frame after the game was over, or None if the recording shows no end.
+
+    From the end of a game on, NLE itself presses SPACE: on the message of death, on the inventory (pages of a menu), on
+    "NAME the ROLE's attributes:" and on what follows up to the tombstone. The frames before are the player's.
+    """
+    others = np.flatnonzero(~frames.spaces)
+    first_space = int(others[-1]) + 1 if len(others) else 0
+    texts = {index: screen_text(frames.chars[index]) for index in range(max(first_space, len(frames.chars) - 64), len(frames.chars))}
+    pages = [index for index, text in texts.items() if b"'s attributes:" in text]
+    if not pages:
+        return None
+    first = pages[-1]
+    while first - 1 in texts and MENU_PAGE.search(texts[first - 1]):
+        first -= 1
+    if first - 1 in texts and b"--More--" in texts[first - 1]:  # shown after the game was over, whatever it says
+        first -= 1
+        while first - 1 in texts and b"--More--" in texts[first - 1] and DEATH_MESSAGE.search(texts[first - 1]):
+            first -= 1
+    return first
+
+
+def frames_of_play(pieces: Iterator[Frames]) -> Iterator[Frames]:
+    """Drops what NLE played before the player's first frame and after the last. Raises GameError if no end is found."""
+    held: Optional[Frames] = None  # the newest frames wait, since the end shows only once the file has ended
+    for piece in pieces:
+        if held is None:
+            held = piece.cut(find_first_frame(piece), len(piece.chars))
+            continue
+        if len(piece.chars) >= 64:
+            yield held
+            held = piece
+        else:
+            held = Frames(*(np.concatenate(pair) for pair in zip(held, piece)))
+    end = find_end_of_play(held) if held is not None and len(held.chars) else None
+    if held is None or end is None:
+        raise GameError("the recording breaks off before the end of the game")
+    yield held.cut(0, end)
+
+
+# --- encoding
+BLOCK = 64  # frames compressed together: 64 is where decoding a block for one chunk and size balance (see README)
+ZSTD_LEVEL = 3  # measured on AutoAscend's games: 51 bytes a frame, and as fast to write as level 1
+BLOCK_HEADER = np.dtype([("crc", "<u4"), ("previous", "u1"), ("frames", "u1"), ("unused", "<u2")])
+
+
+class EncodedGame(NamedTuple):
+    name: str
+    frames: int
+    blocks: List[bytes]  # header and compressed frames
+    reward_frames: np.ndarray  # [k] int64, frames whose reward is not 0
+    reward_values: np.ndarray  # [k] int32
+    unknown_keys: Dict[int, int]  # here: {UNKNOWN_KEY: count}
+    max_depth: int
+    turns: int
+
+
+class GameEncoder:
+    """Compresses the frames of one game into blocks of BLOCK frames."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        self.read_status = StatusReader()
+
+    def block(self, frames: Frames, blstats: np.ndarray, previous: int) -> bytes:
+        planes = (frames.chars, frames.colors, np.ascontiguousarray(blstats.T), frames.cursor, frames.actions)
+        body = self.compressor.compress(b"".join(plane.tobytes() for plane in planes))
+        header = np.array([(zlib.crc32(body), previous, len(frames.chars), 0)], dtype=BLOCK_HEADER)
+        return header.tobytes() + body
+
+    def encode(self, name: str, pieces: Iterator[Frames]) -> EncodedGame:
+        blocks, actions, scores, max_depth, turns = [], [], [], 0, 0
+        rest: Optional[Frames] = None
+        previous = NO_ACTION
+
+        def flush(frames: Frames) -> None:
+            nonlocal previous, max_depth, turns
+            blstats = self.read_status(frames.chars)
+            max_depth, turns = max(max_depth, int(blstats[:, 12].max())), max(turns, int(blstats[:, 20].max()))
+            for start in range(0, len(frames.chars), BLOCK):
+                part = frames.cut(start, start + BLOCK)
+                blocks.append(self.block(part, blstats[start : start + BLOCK], previous))
+                previous = int(part.actions[-1]) if part.actions[-1] != UNKNOWN_KEY else NO_ACTION
+
+        for piece in pieces:
+            actions.append(piece.actions)
+            scores.append(piece.scores)
+            rest = piece if rest is None else Frames(*(np.concatenate(pair) for pair in zip(rest, piece)))
+            whole = len(rest.chars) // BLOCK * BLOCK
+            if whole:
+                flush(rest.cut(0, whole))
+                rest = rest.cut(whole, len(rest.chars))
+        if rest is not None and len(rest.chars):
+            flush(rest)
+        total = np.concatenate(scores) if scores else np.zeros(0, np.int32)
+        if not len(total):
+            raise GameError("it holds no frame of play")
+        rewards = np.append(np.diff(total), 0)  # NLE pays nothing for the step that ends a game
+        paid = np.flatnonzero(rewards)
+        unknown = int((np.concatenate(actions) == UNKNOWN_KEY).sum())
+        return EncodedGame(name, len(total), blocks, paid, rewards[paid].astype(np.int32),
+                           {UNKNOWN_KEY: unknown} if unknown else {}, max_depth, turns)  # fmt: skip
+
+
+def encode_game(source: GameSource) -> Any:
+    """EncodedGame, or the reason (str) why the game cannot be read. Runs in worker processes."""
+    pieces = read_hdf5(source.path, source.key) if source.key else read_ttyrec(source.path)
+    try:
+        return GameEncoder().encode(source.name, frames_of_play(pieces))
+    except GameError as error:
+        return str(error)
+
+
+# --- finding games
+def character_of(xlog: Dict[str, str]) -> str:
+    """{'role': 'Mon', 'race': 'Hum', 'align0': 'Neu', ...} -> 'mon-hum-neu': as the game began."""
+    return "-".join(xlog.get(name, "?").lower() for name in ("role", "race", "align0"))
+
+
+def parse_xlogfile(path: Path) -> List[Dict[str, str]]:
+    """Tab-separated key=value pairs, a line a finished game; what is not of that form is left out."""
+    games = []
+    for line in path.read_bytes().decode("latin-1").splitlines():
+        games.append(dict(pair.split("=", 1) for pair in line.split("\t") if "=" in pair))
+    return games
+
+
+class FoundGames(NamedTuple):
+    games: List[GameSource]
+    problems: List[str]  # what was passed over, and why
+    others: List[str]  # other characters seen
+
+
+def find_nld_games(root: Path, character: str) -> FoundGames:
+    """Games of the character below an NLD-AA folder: those with a line in their folder's xlogfile."""
+    games, problems, others = [], [], set()
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
+        for xlogfile in sorted(name for name in files if name.endswith(".xlogfile")):
+            for xlog in parse_xlogfile(Path(folder, xlogfile)):
+                name = xlog.get("ttyrecname", "")
+                if character_of(xlog) != character:
+                    others.add(character_of(xlog))
+                elif name != os.path.basename(name) or not name.endswith(".ttyrec3.bz2"):
+                    problems.append(f"{Path(folder, xlogfile)}: its line names no ttyrec3.bz2 file beside it")
+                elif name not in files:
+                    problems.append(f"{Path(folder, name)}: named by the xlogfile, but missing")
+                else:
+                    path = Path(folder, name)
+                    stat = path.stat()
+                    label = f"{path.resolve().parent.name}/{name}"
+                    games.append(GameSource(label, str(path), "", stat.st_size, stat.st_mtime_ns))
+    return FoundGames(sorted(set(games)), problems, sorted(others))
+
+
+def find_hdf5_games(path: Path) -> FoundGames:
+    """Games of a Katakomba HDF5 file (one group a game)."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            keys = [key for key in file if "actions" in file[key]]
+    except (OSError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({' '.join(str(error).split())})") from None
+    stat = path.stat()
+    return FoundGames([GameSource(f"{path.name}/{key}", str(path), key, stat.st_size, stat.st_mtime_ns) for key in keys], [], [])
+
+
+def katakomba_folder() -> Path:
+    return Path(os.environ.get("KATAKOMBA_DATA_DIR", "~/.katakomba/datasets")).expanduser()
+
+
+WAYS_TO_DATA = (
+    "Three ways to get some: (1) NLD-AA, https://github.com/facebookresearch/nle#readme: --data_path NLD_AA/nle_data; "
+    "(2) Katakomba's data-<role>-<race>-<align>-any.hdf5 files in $KATAKOMBA_DATA_DIR or --data_path FILE; "
+    "(3) record games of your own: python scripts/record_games.py --character {character} --games 20 --out DIR, then --data_path DIR."
+)
+
+
+def find_games(data_path: Optional[str], character: str) -> FoundGames:
+    """Raises UserError where there is nothing to read."""
+    root = Path(data_path).expanduser() if data_path else katakomba_folder()
+    hdf5 = root if root.is_file() else root / f"data-{character}-any.hdf5"
+    if hdf5.is_file():
+        if f"data-{character}-any" not in hdf5.name:
+            raise UserError(f"{hdf5} is not named data-{character}-any.hdf5: it does not hold games of {character}")
+        found = find_hdf5_games(hdf5)
+    elif data_path and root.is_dir():
+        found = find_nld_games(root, character)
+    else:
+        where = f"{root} does not exist" if data_path else f"no data_path is given and {hdf5} does not exist"
+        raise UserError(f"no games to learn from: {where}. {WAYS_TO_DATA.format(character=character)}")
+    if not found.games:
+        hint = f"; it holds games of {', '.join(found.others[:8])}" if found.others else ""
+        raise UserError(f"no games of {character} in {root}{hint}. {WAYS_TO_DATA.format(character=character)}")
+    return found
+
+
+# --- the chunk store: index.npz, frames.bin and meta.json in one folder
+STORE_FORMAT = 1
+
+
+def store_fingerprint(games: List[GameSource]) -> str:
+    """Changes whenever a game was added, removed or rewritten, or the format of the store changed."""
+    digest = hashlib.sha256(f"format {STORE_FORMAT} block {BLOCK} level {ZSTD_LEVEL}".encode())
+    for game in games:
+        digest.update(repr((game.name, game.key, game.size, game.mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def read_meta(store: Path) -> Dict[str, Any]:
+    try:
+        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+@contextlib.contextmanager
+def exclusive(lock_path: Path, what: str) -> Iterator[None]:
+    """Holds a lock on `lock_path`; the system frees it however the holder ends."""
+    with open(lock_path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting for another run that {what}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def encode_all(games: List[GameSource], workers: int) -> Iterator[Any]:
+    """encode_game of each, in order, on worker processes; a game whose reader crashes is a reason like any other."""
+    if workers <= 1:
+        yield from map(encode_game, games)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting = list(games)
+    while waiting:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            futures = [pool.submit(encode_game, game) for game in waiting]
+            done = 0
+            try:
+                for future in futures:
+                    yield future.result()
+                    done += 1
+            except BrokenExecutor:
+                # One of the games under way killed its worker: play them one by one to find out which.
+                for game in waiting[done : done + workers]:
+                    with ProcessPoolExecutor(1, mp_context=context) as single:
+                        try:
+                            yield single.submit(encode_game, game).result()
+                        except BrokenExecutor:
+                            yield "its reader crashed"
+                        done += 1
+            waiting = waiting[done:]
+
+
+def build_store(store: Path, found: FoundGames, character: str, workers: int) -> None:
+    """Writes a store into a temporary folder and renames it to `store`."""
+    temporary = store.with_name(f".{store.name}.building")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a build that was killed; the lock says nobody uses it
+    temporary.mkdir(parents=True)
+    kept: List[EncodedGame] = []
+    offsets, skipped = [0], []
+    begin = time.perf_counter()
+    with open(temporary / "frames.bin", "wb") as file:
+        bar = tqdm(total=len(found.games), desc=f"building the store of {character}", unit="game", disable=None)
+        for source, game in zip(found.games, encode_all(found.games, workers)):
+            bar.update()
+            if isinstance(game, str):
+                skipped.append(f"{source.path}{':' + source.key if source.key else ''}: {game}")
+                warn(f"skipped {skipped[-1]}")
+                continue
+            for block in game.blocks:
+                file.write(block)
+                offsets.append(offsets[-1] + len(block))
+            kept.append(game._replace(blocks=[b""] * len(game.blocks)))
+        bar.close()
+        file.flush()
+        os.fsync(file.fileno())
+    if not kept:
+        shutil.rmtree(temporary)
+        raise UserError(f"none of the {len(found.games)} games of {character} can be read; the first: {skipped[0]}")
+    index = {
+        "names": np.array([game.name for game in kept]),
+        "frames": np.array([game.frames for game in kept], dtype=np.int64),
+        "block_offsets": np.array(offsets, dtype=np.int64),
+        "reward_offsets": np.cumsum([0] + [len(game.reward_frames) for game in kept]).astype(np.int64),
+        "reward_frames": np.concatenate([game.reward_frames for game in kept]).astype(np.int64),
+        "reward_values": np.concatenate([game.reward_values for game in kept]).astype(np.int32),
+        "max_depths": np.array([game.max_depth for game in kept], dtype=np.int32),
+        "turns": np.array([game.turns for game in kept], dtype=np.int64),
+    }
+    with open(temporary / "index.npz", "wb") as file:
+        np.savez(file, **index)
+    unknown = sum(sum(game.unknown_keys.values()) for game in kept)
+    meta = {
+        "format": STORE_FORMAT, "fingerprint": store_fingerprint(found.games), "character": character,
+        "games": len(kept), "frames": int(index["frames"].sum()), "bytes": offsets[-1],
+        "index_sha256": sha256_of_file(temporary / "index.npz"), "skipped": skipped, "passed_over": found.problems,
+        "unknown_keys": unknown, "build_seconds": round(time.perf_counter() - begin, 2),
+    }  # fmt: skip
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    shutil.rmtree(store, ignore_errors=True)
+    os.replace(temporary, store)
+
+
+def report_store(meta: Dict[str, Any]) -> None:
+    frames = max(meta["frames"], 1)
+    say(f"data: {meta['character']}: {meta['games']} games, {meta['frames']:,} frames, {meta['bytes'] / frames:.0f} bytes a frame")
+    if meta["skipped"] or meta["passed_over"]:
+        warn(f"{meta['character']}: {len(meta['skipped'])} unreadable games skipped, {len(meta['passed_over'])} lines "
+             f"without a game passed over")  # fmt: skip
+    if meta["unknown_keys"]:
+        warn(f"{meta['character']}: {meta['unknown_keys']} keypresses are no action; their frames carry no loss")
+
+
+def open_or_build_store(data_path: Optional[str], store_path: str, character: str) -> "ChunkStore":
+    """The store of the character's games: the given one, the one built before if its games did not change, or a new one."""
+    given = Path(data_path).expanduser() if data_path else None
+    for folder in (given, given / character) if given else ():
+        if (folder / "meta.json").is_file() and (folder / "index.npz").is_file():
+            store = ChunkStore(folder)
+            if store.meta.get("character") != character:
+                raise UserError(f"{folder} is a store of {store.meta.get('character')}, not of {character}")
+            report_store(store.meta)
+            return store
+    found = find_games(data_path, character)
+    root = str(given.resolve()) if given else str(katakomba_folder())
+    folder = Path(store_path).expanduser() / hashlib.sha256(root.encode()).hexdigest()[:12] / character
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_name(f".{character}.lock"), f"builds the store of {character}"):
+            if read_meta(folder).get("fingerprint") != store_fingerprint(found.games):
+                # Starting a worker costs seconds: small sets are read right here.
+                size = sum(game.size for game in found.games)
+                build_store(folder, found, character, workers=min(usable_cores(), len(found.games), size // 4_000_000))
+    except OSError as error:
+        raise UserError(f"cannot write the chunk store in {store_path}: {error.strerror or error}; "
+                        "give a writable folder with --store_path") from None  # fmt: skip
+    store = ChunkStore(folder)
+    report_store(store.meta)
+    return store
+
+
+class Block(NamedTuple):
+    """At most BLOCK decoded frames of a game."""
+
+    chars: np.ndarray  # [n, 24, 80] uint8
+    colors: np.ndarray  # [n, 24, 80] int8
+    blstats: np.ndarray  # [n, 27] int32
+    cursor: np.ndarray  # [n, 2] uint8
+    actions: np.ndarray  # [n] uint8
+    previous: int  # the action before the block's first frame, NO_ACTION if there is none
+
+
+class ChunkStore:
+    """A store opened for reading. Reads are safe from several threads. Raises UserError for a damaged store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        rebuild = "delete the folder and start again to rebuild it"
+        if self.meta.get("format") != STORE_FORMAT:
+            raise UserError(f"{folder} is no chunk store of format {STORE_FORMAT}; {rebuild}")
+        try:
+            if sha256_of_file(self.folder / "index.npz") != self.meta.get("index_sha256"):
+                raise ValueError("its index was changed")
+            with np.load(self.folder / "index.npz", allow_pickle=False) as arrays:
+                index = {name: arrays[name] for name in arrays.files}
+            self.names, self.frames = index["names"], index["frames"]
+            self.max_depths, self.turns = index["max_depths"], index["turns"]
+            self.block_offsets = index["block_offsets"]
+            self.reward_offsets, self.reward_frames = index["reward_offsets"], index["reward_frames"]
+            self.reward_values = index["reward_values"]
+            self.file = open(self.folder / "frames.bin", "rb")
+            if os.fstat(self.file.fileno()).st_size != self.block_offsets[-1]:
+                raise ValueError("frames.bin has the wrong size")
+        except (OSError, ValueError, KeyError, zlib.error) as error:
+            raise UserError(f"the chunk store {folder} is damaged ({error}); {rebuild}") from None
+        self.first_blocks = np.cumsum(np.concatenate([[0], -(-self.frames // BLOCK)]))
+        self.local = threading.local()  # a zstandard decompressor serves one thread
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def rewards(self, game: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Frames whose reward is not 0, and these rewards (differences of the in-game score)."""
+        part = slice(self.reward_offsets[game], self.reward_offsets[game + 1])
+        return self.reward_frames[part], self.reward_values[part]
+
+    def block(self, game: int, number: int) -> Block:
+        """Frames BLOCK * number ... of the game. Raises UserError if the bytes on disk were damaged."""
+        if not hasattr(self.local, "decompressor"):
+            import zstandard
+
+            self.local.decompressor = zstandard.ZstdDecompressor()
+        place = int(self.first_blocks[game]) + number
+        begin, end = int(self.block_offsets[place]), int(self.block_offsets[place + 1])
+        stored = os.pread(self.file.fileno(), end - begin, begin)
+        header = np.frombuffer(stored[: BLOCK_HEADER.itemsize], dtype=BLOCK_HEADER)[0]
+        n, size = int(header["frames"]), 2 * CELLS + 4 * NUM_BLSTATS + 3
+        if zlib.crc32(stored[BLOCK_HEADER.itemsize :]) != header["crc"]:
+            raise UserError(f"the chunk store {self.folder} is damaged (block {place}); delete the folder and start again")
+        raw = self.local.decompressor.decompress(stored[BLOCK_HEADER.itemsize :], max_output_size=n * size)
+        edges = np.cumsum([0, n * CELLS, n * CELLS, 4 * n * NUM_BLSTATS, 2 * n, n])
+        planes = [np.frombuffer(raw, kind, (stop - start) // np.dtype(kind).itemsize, start)
+                  for kind, start, stop in zip((np.uint8, np.int8, np.int32, np.uint8, np.uint8), edges, edges[1:])]  # fmt: skip
+        return Block(planes[0].reshape(n, ROWS, COLS), planes[1].reshape(n, ROWS, COLS), planes[2].reshape(NUM_BLSTATS, n).T,
+                     planes[3].reshape(n, 2), planes[4], int(header["previous"]))  # fmt: skip
+
+
+class Games:
+    """The games of one or several stores under one numbering."""
+
+    def __init__(self, stores: Sequence[ChunkStore]) -> None:
+        self.stores = list(stores)
+        self.places = [(store, game) for store in self.stores for game in range(len(store))]
+        self.frames = np.concatenate([store.frames for store in self.stores])
+        self.names = [str(store.names[game]) for store, game in self.places]
+
+    def heldout(self, share: float) -> np.ndarray:
+        """bool [G]: games never trained on, by hash of their name; at least one of each character that has two or more."""
+        shares = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in self.names])
+        chosen, start = shares < share, 0
+        for store in self.stores:
+            part = slice(start, start + len(store))
+            if share > 0 and len(store) > 1:
+                chosen[part][np.argmin(shares[part])] = True
+                chosen[part][np.argmax(shares[part])] = False
+            start += len(store)
+        return chosen
+
+    def reward_scale(self, games: Sequence[int], gamma: float) -> float:
+        """Root mean square of the discounted return so far, R_t = gamma R_{t-1} + r_t, over all frames of the games.
+
+        Katakomba divides rewards by a running estimate of the same quantity; knowing all games, it can be exact.
+        """
+        squares, frames = 0.0, 0
+        for game in games:
+            store, number = self.places[game]
+            at, values = store.rewards(number)
+            lengths = np.diff(np.append(at, store.frames[number]))  # frames until the next reward
+            accumulated, last = 0.0, 0
+            for begin, value, length in zip(at.tolist(), values.tolist(), lengths.tolist()):
+                accumulated = accumulated * gamma ** (begin - last) + value
+                decay = length if gamma == 1.0 else (1.0 - gamma ** (2 * length)) / (1.0 - gamma**2)
+                squares, last = squares + accumulated**2 * decay, begin
+            frames += int(store.frames[number])
+        return max(math.sqrt(squares / max(frames, 1)), 0.01)  # 0.01: Katakomba's floor
+
+
+# --- from the store to batches
+class ChunkPlan:
+    """Which chunk each row plays at each step: pure arithmetic, so a batch depends on its number alone.
+
+    For each pass over the data all games are put one after another in a new random order, each padded to whole chunks
+    of `seq_len` frames. That line of chunks is cut into as many equal parts as there are rows, and each row plays its
+    part from left to right. So every chunk is played exactly once a pass, rows are spread over early and late parts of
+    games, and a row starts inside a game only at a pass's beginning (its state is then cleared).
+    """
+
+    def __init__(self, frames: np.ndarray, rows: int, seq_len: int, seed: Optional[int]) -> None:
+        self.chunks = -(-np.asarray(frames) // seq_len)  # [G] chunks of each game
+        self.rows, self.seq_len, self.seed = rows, seq_len, seed
+        self.total = int(self.chunks.sum())
+        self.steps = -(-self.total // rows)  # steps a pass; a row one chunk short pads the last one
+        self.pass_number = -1
+
+    def _enter_pass(self, number: int) -> None:
+        if number != self.pass_number:
+            games = np.arange(len(self.chunks))
+            self.order = games if self.seed is None else np.random.default_rng(derived_seed(self.seed, number)).permutation(games)
+            self.ends = np.cumsum(self.chunks[self.order])
+            self.pass_number = number
+
+    def locate(self, step: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Step 0, 1, ... -> game [rows] (-1: padding), first frame [rows], starts [rows] bool."""
+        number, offset = divmod(step, self.steps)
+        self._enter_pass(number)
+        edges = np.arange(self.rows + 1) * self.total // self.rows
+        chunk = edges[:-1] + offset
+        padding = chunk >= edges[1:]
+        place = np.searchsorted(self.ends, np.minimum(chunk, self.total - 1), side="right")
+        game = self.order[place]
+        inside = chunk - (self.ends[place] - self.chunks[game])
+        starts = (inside == 0) | (offset == 0) | padding
+        return np.where(padding, -1, game), np.where(padding, 0, inside * self.seq_len), starts
+
+
+class ChunkLoader:
+    """Batches of the plan, read from the stores. `batch_at(step)` is a pure function; `stream` reads ahead."""
+
+    def __init__(self, games: Games, chosen: Sequence[int], plan_rows: int, seq_len: int, seed: Optional[int], reward_scale: float,
+                 clip_range: float, *, rows: Optional[slice] = None, threads: int = 1, pin: bool = False,
+                 gamma_for_returns: Optional[float] = None) -> None:  # fmt: skip
+        self.games, self.chosen = games, np.asarray(chosen, dtype=np.int64)
+        self.plan = ChunkPlan(games.frames[self.chosen], plan_rows, seq_len, seed)
+        self.rows = rows or slice(0, plan_rows)
+        self.batch_size, self.seq_len = self.rows.stop - self.rows.start, seq_len
+        self.reward_scale, self.clip_range, self.gamma_for_returns = reward_scale, clip_range, gamma_for_returns
+        self.pin, self.threads = pin, threads
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.cache: List[Dict[Tuple[int, int], Block]] = [{} for _ in range(self.batch_size)]
+        self.returns_of: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
+
+    def _scaled_rewards(self, game: int) -> Tuple[np.ndarray, np.ndarray]:
+        store, number = self.games.places[game]
+        at, values = store.rewards(number)
+        return at, np.clip(values / self.reward_scale, -self.clip_range, self.clip_range).astype(np.float32)
+
+    def _returns(self, game: int, frames: np.ndarray) -> np.ndarray:
+        """Exact discounted return-to-go of the scaled rewards at these frames."""
+        gamma = float(self.gamma_for_returns or 0.0)
+        if game not in self.returns_of:
+            at, values = self._scaled_rewards(game)
+            to_go = np.zeros(len(at) + 1)
+            for index in range(len(at) - 1, -1, -1):
+                later = gamma ** float(at[index + 1] - at[index]) * to_go[index + 1] if index + 1 < len(at) else 0.0
+                to_go[index] = values[index] + later
+            self.returns_of[game] = (np.append(at, 0), to_go)
+        at, to_go = self.returns_of[game]
+        following = np.searchsorted(at[:-1], frames)
+        return np.where(to_go[following] != 0.0, gamma ** np.maximum(at[following] - frames, 0.0), 0.0) * to_go[following]
+
+    def _fill_row(self, batch: Dict[str, np.ndarray], row: int, game: int, first: int, start: bool) -> None:
+        """Writes frames first .. first + T of the game into one row of the (zeroed where needed) batch."""
+        steps = self.seq_len + 1
+        store, number = self.games.places[game]
+        stop = min(first + steps, int(store.frames[number]))
+        cache, needed = self.cache[row], {}
+        for block_number in range(first // BLOCK, (stop - 1) // BLOCK + 1):
+            key = (game, block_number)
+            needed[key] = block = cache.get(key) or store.block(number, block_number)
+            begin, end = max(first, block_number * BLOCK), min(stop, (block_number + 1) * BLOCK)
+            here, there = slice(begin - first, end - first), slice(begin - block_number * BLOCK, end - block_number * BLOCK)
+            batch["tty_chars"][row, here] = block.chars[there]
+            batch["tty_colors"][row, here] = block.colors[there]
+            batch["tty_cursor"][row, here] = block.cursor[there]
+            batch["blstats"][row, here] = block.blstats[there]
+            actions = block.actions[there]
+            known = actions != UNKNOWN_KEY
+            batch["actions"][row, here] = np.where(known, actions, 0)
+            batch["mask"][row, here] = known
+            if begin == first:
+                before = block.actions[first % BLOCK - 1] if first % BLOCK else block.previous
+                batch["prev_actions"][row, 0] = NO_ACTION if start or before == UNKNOWN_KEY else before
+        self.cache[row] = needed
+        for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats"):
+            batch[name][row, stop - first :] = 0
+        at, values = self._scaled_rewards(game)
+        low, high = np.searchsorted(at, (first, stop))
+        batch["rewards"][row, at[low:high] - first] = values[low:high]
+        batch["dones"][row, stop - first - 1] = stop == store.frames[number]
+        if self.gamma_for_returns is not None:
+            batch["returns"][row, : stop - first] = self._returns(game, np.arange(first, stop))
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of step 0, 1, ... as CPU tensors, as in the module's docstring, and `prev_actions` [B, 1] int64."""
+        B, steps = self.batch_size, self.seq_len + 1
+        shapes = {"tty_chars": (torch.uint8, ROWS, COLS), "tty_colors": (torch.int8, ROWS, COLS), "tty_cursor": (torch.uint8, 2),
+                  "blstats": (torch.int32, NUM_BLSTATS)}  # fmt: skip
+        tensors = {name: torch.empty((B, steps, *shape), dtype=kind, pin_memory=self.pin) for name, (kind, *shape) in shapes.items()}
+        small = {"actions": torch.int64, "rewards": torch.float32, "dones": torch.bool, "mask": torch.bool}
+        if self.gamma_for_returns is not None:
+            small["returns"] = torch.float32
+        tensors.update({name: torch.zeros((B, steps), dtype=kind, pin_memory=self.pin) for name, kind in small.items()})
+        tensors["prev_actions"] = torch.full((B, 1), NO_ACTION, dtype=torch.int64)
+        game, first, starts = (array[self.rows] for array in self.plan.locate(step))
+        tensors["starts"] = torch.from_numpy(np.ascontiguousarray(starts))
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+
+        def fill(rows: range) -> None:
+            for row in rows:
+                if game[row] >= 0:
+                    self._fill_row(arrays, row, int(self.chosen[game[row]]), int(first[row]), bool(starts[row]))
+                else:
+                    for name in shapes:
+                        arrays[name][row] = 0
+
+        if self.pool is None:
+            fill(range(B))
+        else:
+            list(self.pool.map(fill, [range(B)[part :: self.threads] for part in range(self.threads)]))
+        return tensors
+
+    def stream(self, first_step: int, ahead: int = 2) -> Iterator[Batch]:
+        """Batches first_step, first_step + 1, ... without end, read ahead by a thread of their own."""
+        ready: "Queue[Any]" = Queue(maxsize=ahead)
+        stopped = threading.Event()
+
+        def read() -> None:
+            step = first_step
+            while not stopped.is_set():
+                try:
+                    item: Any = self.batch_at(step)
+                except BaseException as error:  # handed over and raised where the batch is taken
+                    item = error
+                ready.put(item)
+                step += 1
+                if isinstance(item, BaseException):
+                    return
+
+        reader = threading.Thread(target=read, name="chunk-loader", daemon=True)
+        reader.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            while reader.is_alive():  # the reader may wait for a free place
+                with contextlib.suppress(Exception):
+                    ready.get_nowait()
+                reader.join(timeout=0.05)
+
+
+# ======================================================================================================================
+# FIXED: backbone
+# ======================================================================================================================
+def blstats_features(blstats: torch.Tensor) -> torch.Tensor:
+    """[n, 27] int -> [n, 46] float32 of about unit size. The last one flags hidden status lines (maximal HP is never 0)."""
+    stats = blstats.float()
+    hp, hp_max, energy, energy_max = stats[:, 10], stats[:, 11], stats[:, 14], stats[:, 15]
+    hidden = hp_max == 0
+    numbers = torch.stack(
+        [
+            *(stats[:, place] / 25.0 for place in (2, 4, 5, 6, 7, 8)),
+            stats[:, 3] / 125.0,
+            torch.log1p(hp.clamp(min=0)) / 5.0,
+            torch.log1p(hp_max.clamp(min=0)) / 5.0,
+            hp / hp_max.clamp(min=1),
+            torch.log1p(energy.clamp(min=0)) / 5.0,
+            energy / energy_max.clamp(min=1),
+            stats[:, 12] / 10.0,
+            torch.log1p(stats[:, 13].clamp(min=0)) / 8.0,
+            stats[:, 16] / 10.0,
+            stats[:, 17] / 20.0,
+            stats[:, 18] / 20.0,
+            torch.log1p(stats[:, 19].clamp(min=0)) / 10.0,
+            torch.log1p(stats[:, 20].clamp(min=0)) / 10.0,
+            stats[:, 26],
+        ],
+        dim=1,
+    )
+    hunger = F.one_hot(blstats[:, 21].long().clamp(0, 6), 7)
+    load = F.one_hot(blstats[:, 22].long().clamp(0, 5), 6)
+    conditions = (blstats[:, 25, None].int() >> torch.arange(12, device=blstats.device, dtype=torch.int32)) & 1
+    features = torch.cat([numbers, hunger.float(), load.float(), conditions.float()], dim=1)
+    return torch.cat([torch.where(hidden[:, None], 0.0, features), hidden[:, None].float()], dim=1)
+
+
+class ScreenEncoder(nn.Module):
+    """Characters and colours of the whole terminal, of a crop centred on the cursor, and of the message line.
+
+    [n, 24, 80] characters and colours, [n, 2] cursor -> [n, output_dim].
+    """
+
+    CROP = 15  # side of the crop, in cells
+    CHAR_DIM = 16  # size of a cell's embedding
+
+    def __init__(self, screen_dim: int = 256, crop_dim: int = 256, message_dim: int = 128) -> None:
+        super().__init__()
+        self.char_embedding = nn.Embedding(256, self.CHAR_DIM)
+        self.color_embedding = nn.Embedding(32, self.CHAR_DIM)
+
+        def halve(inputs: int, outputs: int) -> List[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU()]
+
+        self.screen = nn.Sequential(*halve(self.CHAR_DIM, 32), *halve(32, 64), *halve(64, 64), nn.Flatten(),
+                                    nn.Linear(64 * 3 * 10, screen_dim), nn.ReLU())  # fmt: skip
+        self.crop = nn.Sequential(nn.Conv2d(self.CHAR_DIM, 32, 3, padding=1), nn.ReLU(), *halve(32, 64), *halve(64, 64), nn.Flatten(),
+                                  nn.Linear(64 * 4 * 4, crop_dim), nn.ReLU())  # fmt: skip
+        self.message = nn.Sequential(nn.Conv1d(self.CHAR_DIM, 64, 5, stride=2, padding=2), nn.ReLU(),
+                                     nn.Conv1d(64, 64, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(),
+                                     nn.Linear(64 * 20, message_dim), nn.ReLU())  # fmt: skip
+        self.output_dim = screen_dim + crop_dim + message_dim
+
+    def crop_cells(self, cells: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+        """[n, 24, 80] cell codes, [n, 2] -> [n, CROP, CROP]; code 0 outside of the terminal."""
+        half = self.CROP // 2
+        padded = F.pad(cells, (half, half, half, half))
+        window = torch.arange(self.CROP, device=cells.device)
+        rows = cursor[:, 0, None].long().clamp(0, ROWS - 1) + window  # [n, CROP]
+        columns = cursor[:, 1, None].long().clamp(0, COLS - 1) + window
+        index = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
+        return padded.flatten(1).gather(1, index.flatten(1)).view(-1, self.CROP, self.CROP)
+
+    def forward(self, chars: torch.Tensor, colors: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+        # One table for all pairs of a character and a colour: one look-up (and one gradient) a cell instead of two.
+        table = (self.char_embedding.weight[:, None] + self.color_embedding.weight[None]).flatten(0, 1)  # [256 * 32, C]
+        cells = chars.int() * 32 + (colors.int() & 31)  # [n, 24, 80]
+        screen = F.embedding(cells, table).movedim(3, 1)  # [n, C, 24, 80]
+        crop = F.embedding(self.crop_cells(cells, cursor), table).movedim(3, 1)
+        return torch.cat([self.screen(screen), self.crop(crop), self.message(screen[:, :, 0])], dim=1)
+
+
+class ModelBackbone(nn.Module):
+    """Encoders of one frame and the previous action, feeding an LSTM: what every submission's Model is built on.
+
+    `forward(inputs, state)`: inputs hold tty_chars, tty_colors [B, T, 24, 80], tty_cursor [B, T, 2], blstats [B, T, 27]
+    and prev_actions [B, T] (NO_ACTION at a game's first frame), of any integer or float type; state is None (zeros) or
+    (h, c), each [L, B, H]. Returns (core_output [B, T, H], new state).
+    """
+
+    def __init__(self, action_dim: int, rnn_hidden_dim: int = 2048, rnn_layers: int = 2, rnn_dropout: float = 0.0,
+                 use_prev_action: bool = True) -> None:  # fmt: skip
+        super().__init__()
+        self.num_actions, self.rnn_hidden_dim, self.use_prev_action = action_dim, rnn_hidden_dim, use_prev_action
+        self.no_action = action_dim  # stands for the previous action where there is none
+        self.screen_encoder = ScreenEncoder()
+        self.blstats_encoder = nn.Sequential(nn.Linear(46 + 2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        self.action_embedding = nn.Embedding(action_dim + 1, 64)
+        self.rnn = nn.LSTM(self.screen_encoder.output_dim + 128 + (64 if use_prev_action else 0), rnn_hidden_dim,
+                           num_layers=rnn_layers, dropout=rnn_dropout, batch_first=True)  # fmt: skip
+        self._packed: Optional[Tuple[Tuple[int, ...], List[Tuple[torch.Tensor, torch.Tensor]]]] = None
+
+    def encode(self, inputs: Dict[str, torch.Tensor]) -> torch.Tensor:
+        """-> [B, T, features]: each frame on its own."""
+        B, T = inputs["tty_chars"].shape[:2]
+        flat = {name: inputs[name].flatten(0, 1) for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats")}
+        position = flat["tty_cursor"].float() / flat["tty_cursor"].new_tensor([ROWS, COLS]).float()
+        stats = self.blstats_encoder(torch.cat([blstats_features(flat["blstats"]), position], dim=1))
+        parts = [self.screen_encoder(flat["tty_chars"], flat["tty_colors"], flat["tty_cursor"]), stats]
+        if self.use_prev_action:
+            parts.append(self.action_embedding(inputs["prev_actions"].long().flatten()))
+        return torch.cat([part.to(parts[0].dtype) for part in parts], dim=1).view(B, T, -1)
+
+    def forward(self, inputs: Dict[str, torch.Tensor], state: Optional[RNNState] = None) -> Tuple[torch.Tensor, RNNState]:
+        features = self.encode(inputs)
+        if features.shape[1] == 1 and features.device.type == "cpu" and not torch.is_grad_enabled() and not self.training:
+            return self._step(features[:, 0], state)
+        return self.rnn(features, None if state is None else tuple(state))
+
+    def _packed_weights(self) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's weights as one matrix [4H, inputs + H] and bias [4H], made anew when a parameter has changed."""
+        parameters = list(self.rnn.parameters())
+        version = tuple(value for parameter in parameters for value in (parameter._version, parameter.data_ptr()))
+        if self._packed is None or self._packed[0] != version:
+            layers = [self.rnn.all_weights[layer] for layer in range(self.rnn.num_layers)]
+            self._packed = (version, [(torch.cat([w_in, w_h], dim=1).detach(), (b_in + b_h).detach()) for w_in, w_h, b_in, b_h in layers])
+        return self._packed[1]
+
+    def _step(self, features: torch.Tensor, state: Optional[RNNState]) -> Tuple[torch.Tensor, RNNState]:
+        """One step of the LSTM as one matrix product a layer: nn.LSTM on a CPU packs all its weights anew at every call."""
+        L, H = self.rnn.num_layers, self.rnn.hidden_size
+        h, c = state if state is not None else (features.new_zeros(L, len(features), H),) * 2
+        x, hs, cs = features, [], []
+        for layer, (weight, bias) in enumerate(self._packed_weights()):
+            gates = F.linear(torch.cat([x, h[layer]], dim=1), weight, bias)
+            i, f, g, o = gates.chunk(4, dim=1)  # PyTorch's order of gates
+            cs.append(torch.sigmoid(f) * c[layer] + torch.sigmoid(i) * torch.tanh(g))
+            x = torch.sigmoid(o) * torch.tanh(cs[-1])
+            hs.append(x)
+        return x[:, None], (torch.stack(hs), torch.stack(cs))
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "ModelBackbone":
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items() if name != "_packed"})
+        copy._packed = None  # 230 MB that are quickly made again
+        return copy
+
+
+# ======================================================================================================================
+# ========================================  EDITABLE BEGIN  ============================================================
+# ======================================================================================================================
+# Recurrent advantage-weighted regression with burn-in. The benchmark takes this block alone and runs it inside its own
+# file, so it names nothing from outside but torch, nn, F, np, Categorical, deepcopy and ModelBackbone.
+from dataclasses import dataclass, fields, replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+
+@dataclass
+class AWRConfig:
+    """Hyper-parameters of the algorithm, each with its source; `config.algorithm` overrides them by name."""
+
+    head_dim: int = 112  # width of the head's shared projection: the largest that keeps the head within 267,033 parameters
+    burn_in: int = 4  # steps re-run before a chunk to refresh the stored state (R2D2, Kapturowski et al. 2019, section 3)
+    lam: float = 0.95  # lambda of the returns (TD(lambda); the usual value, arXiv 1506.02438)
+    beta: float = 1.0  # temperature: weight = exp(advantage / (beta * scale)) (AWR, arXiv 1910.00177, equation 7)
+    max_weight: float = 20.0  # largest weight before normalisation (AWR, section 5)
+    scale_rate: float = 0.01  # rate at which the advantages' running mean square is updated (MARWIL, 2018, equation 4)
+    value_coef: float = 0.5  # weight of the value loss against the policy loss
+    temperature: float = 1.0  # softmax temperature of the actions drawn when acting
+
+
+NOT_OBSERVATIONS = ("actions", "rewards", "dones", "mask", "starts", "returns", "prev_actions")
+
+
+def lambda_returns(rewards: torch.Tensor, dones: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
+    """TD(lambda) targets: G_t = r_t + gamma (1 - d_t) ((1 - lam) v_{t+1} + lam G_{t+1}), with G_T = v_T.
+
+    rewards, dones [B, T] float; values [B, T + 1] float (no gradient flows through the result). Returns [B, T].
+    """
+    if values.shape != (rewards.shape[0], rewards.shape[1] + 1) or dones.shape != rewards.shape:
+        raise ValueError(f"shapes do not fit: {tuple(rewards.shape)}, {tuple(dones.shape)}, {tuple(values.shape)}")
+    values = values.detach()
+    discounts = gamma * (1.0 - dones)
+    result, targets = values[:, -1], []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        result = rewards[:, t] + discounts[:, t] * ((1.0 - lam) * values[:, t + 1] + lam * result)
+        targets.append(result)
+    return torch.stack(targets[::-1], dim=1)
+
+
+def advantage_weights(advantages: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor, beta: float,
+                      max_weight: float) -> torch.Tensor:  # fmt: skip
+    """exp(A / (beta * scale)), clipped at `max_weight` before exp so that it stays finite, with mean 1 over `mask`.
+
+    advantages, mask [B, T] float; scale [] float. Returns [B, T], 0 where the mask is 0.
+    """
+    exponents = (advantages / (beta * scale.clamp(min=1e-6))).clamp(max=float(np.log(max_weight)))
+    weights = torch.exp(exponents) * mask
+    return weights * (mask.sum().clamp(min=1.0) / weights.sum().clamp(min=1e-6))
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of values [B, T] where mask [B, T] is 1 (0 where nothing counts)."""
+    return (values * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+class Model(nn.Module):
+    """Policy and value on the recurrent backbone: a dueling head (arXiv 1511.06581) of two streams on one projection."""
+
+    def __init__(self, backbone: nn.Module, head_dim: int = AWRConfig.head_dim, temperature: float = AWRConfig.temperature) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.shared = nn.Sequential(nn.Linear(backbone.rnn_hidden_dim, head_dim), nn.ReLU())
+        self.policy = nn.Linear(head_dim, backbone.num_actions)
+        self.value = nn.Linear(head_dim, 1)
+        self.temperature = temperature
+
+    def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, H] -> logits [B, T, A] and values [B, T], both float32 also under autocast."""
+        shared = self.shared(core_output)
+        return self.policy(shared).float(), self.value(shared).float().squeeze(-1)
+
+    def forward(self, inputs: Dict[str, torch.Tensor], state: Optional[Tuple[torch.Tensor, torch.Tensor]] = None) -> Tuple[Any, ...]:
+        """-> logits [B, T, A], values [B, T], new state."""
+        core_output, state = self.backbone(inputs, state)
+        return (*self.head(core_output), state)
+
+    @torch.no_grad()
+    def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
+        """Draws an action for each of N games. obs: arrays [N, ...], prev_actions [N] among them. -> [N] int64, new state.
+
+        Actions are drawn, not taken by argmax: greedy imitation of AutoAscend repeats itself without end (README).
+        """
+        inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
+        inputs["prev_actions"] = inputs["prev_actions"].long()
+        logits, _, state = self(inputs, state)
+        actions = Categorical(logits=logits[:, -1] / self.temperature).sample()
+        return actions.cpu().numpy(), state
+
+
+class OfflineAlgorithm:
+    """Recurrent advantage-weighted regression.
+
+    The value stream learns lambda-returns; the policy stream regresses onto the data's actions, weighted by
+    exp(advantage). The recurrent state is carried from chunk to chunk. It is kept as it was `burn_in` steps before the
+    chunk's end together with the frames since (`rnn_states["tail"]`); those frames are re-run without gradient before the
+    next chunk, so that its first state comes from the current weights.
+    """
+
+    def __init__(self, backbone: nn.Module, config: Any, device: str) -> None:
+        self.hyper = awr_config(getattr(config, "algorithm", {}))
+        self.gamma, self.device = config.gamma, device
+        self.model = Model(backbone, self.hyper.head_dim, self.hyper.temperature).to(device)
+        self.no_action = getattr(backbone, "no_action", 0)  # the benchmark's backbone has no index for it
+        self.advantage_square = torch.ones((), device=device)  # running mean of the squared advantage
+        self.info_as_tensors = False  # a loop may set it, to read `info` without waiting for the GPU at every step
+
+    def parameters(self) -> List[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def state_dict(self) -> Dict[str, torch.Tensor]:
+        """What a checkpoint needs beyond the model's weights."""
+        return {"advantage_square": self.advantage_square}
+
+    def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
+        self.advantage_square = state["advantage_square"].to(self.device)
+
+    def after_gradient_step(self) -> None:
+        """Nothing follows a step: there is no target network, since values of the data's own policy need none."""
+
+    # --- unrolling the backbone over a chunk
+    def _run(self, inputs: Dict[str, torch.Tensor], resets: Optional[torch.Tensor], state: Any, cuts: Sequence[int]) -> Tuple[Any, List[Any]]:
+        """Runs frames 0 .. T - 1, stopping before each of `cuts` (the first is 0) to clear rows whose game begins there.
+
+        resets [B, T] bool or None (nothing begins). Returns core_output [B, T, H] and the states at the cuts, after
+        clearing, followed by the final state.
+        """
+        steps = inputs["prev_actions"].shape[1]
+        outputs, states = [], []
+        for begin, end in zip(cuts, [*cuts[1:], steps]):
+            if state is not None and resets is not None:
+                keep = (~resets[:, begin]).to(state[0].dtype)[None, :, None]
+                state = tuple(part * keep for part in state)
+            states.append(state)
+            output, state = self.model.backbone({name: value[:, begin:end] for name, value in inputs.items()}, state)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), [*states, state]
+
+    @torch.no_grad()
+    def _burn_in(self, rnn_states: Dict[str, Any], names: Sequence[str], starts: torch.Tensor, split: bool) -> Any:
+        """The state before the chunk's first frame: the stored one, brought up to date over the tail, cleared at `starts`."""
+        state = tuple(rnn_states["core"]) if "core" in rnn_states else None
+        if "tail" in rnn_states:
+            resets, *tensors = rnn_states["tail"]
+            state = self._run(dict(zip(names, tensors)), resets, state, self._cuts(resets) if split else [0])[1][-1]
+        return None if state is None else tuple(part * (~starts).to(part.dtype)[None, :, None] for part in state)
+
+    @staticmethod
+    def _cuts(resets: torch.Tensor) -> List[int]:
+        """Columns at which some row's game begins, 0 always among them."""
+        return sorted({0, *torch.nonzero(resets.any(dim=0)).flatten().tolist()})
+
+    def train_step(self, batch: Dict[str, torch.Tensor], prev_actions: torch.Tensor, rnn_states: Dict[str, Any]) -> Tuple[Any, ...]:
+        """One chunk of T steps and the frame after it -> (loss, new rnn_states, info). Runs under no_grad as well.
+
+        batch [B, T + 1, ...]; prev_actions [B, 1]: the action before the first frame; rnn_states: {} at first.
+        """
+        actions, rewards, dones = batch["actions"].long(), batch["rewards"].float(), batch["dones"].float()
+        mask = batch["mask"].float() if "mask" in batch else torch.ones_like(rewards)
+        steps = actions.shape[1] - 1
+
+        # Frames before which the state is cleared. Our loader begins games only where a chunk begins, and says so; in the
+        # benchmark a game may begin anywhere, and the chunk is then run in pieces.
+        split = "starts" not in batch
+        resets = torch.zeros_like(dones, dtype=torch.bool)
+        if split:
+            resets[:, 1:] = dones[:, :-1] > 0
+            resets[:, 0] = rnn_states["ended"][0] if "ended" in rnn_states else True
+        else:
+            resets[:, 0] = batch["starts"]
+        inputs = {name: value for name, value in batch.items() if name not in NOT_OBSERVATIONS}
+        previous = torch.cat([prev_actions.long().view(-1, 1), actions[:, :-1]], dim=1)
+        inputs["prev_actions"] = previous.masked_fill(resets, self.no_action)
+        names = sorted(inputs)
+
+        state = self._burn_in(rnn_states, names, resets[:, 0], split)
+        keep_at = steps - min(self.hyper.burn_in, steps)  # the state to store lies before this frame
+        cuts = sorted({keep_at, *(self._cuts(resets) if split else [0])})
+        core_output, states = self._run(inputs, resets, state, cuts)
+        logits, values = self.model.head(core_output)
+        loss, info = self._loss(logits[:, :-1], values, actions[:, :-1], rewards[:, :-1], dones[:, :-1], mask[:, :-1])
+        if "returns" in batch:
+            info.update(value_errors(values[:, :-1].detach(), batch["returns"][:, :-1].float(), mask[:, :-1]))
+
+        new_states: Dict[str, Any] = {"ended": (dones[:, steps - 1] > 0,)}
+        new_states["tail"] = (resets[:, keep_at:steps], *(inputs[name][:, keep_at:steps] for name in names))
+        stored = states[cuts.index(keep_at)]
+        if stored is not None:
+            new_states["core"] = tuple(part.detach() for part in stored)
+        return loss, new_states, self._readable(info)
+
+    # --- the loss
+    def _loss(self, logits: torch.Tensor, values: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor, dones: torch.Tensor,
+              mask: torch.Tensor) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:  # fmt: skip
+        """logits [B, T, A], values [B, T + 1], the rest [B, T] -> loss [] and metrics."""
+        hyper = self.hyper
+        targets = lambda_returns(rewards, dones, values, self.gamma, hyper.lam)
+        advantages = targets - values[:, :-1].detach()
+        if torch.is_grad_enabled():  # held-out games must leave no trace
+            square = masked_mean(advantages**2, mask)
+            self.advantage_square = torch.lerp(self.advantage_square, square, hyper.scale_rate)
+        weights = advantage_weights(advantages, mask, self.advantage_square.sqrt(), hyper.beta, hyper.max_weight)
+
+        log_probs = F.log_softmax(logits, dim=-1)
+        losses = -log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # [B, T] nats
+        policy_loss = masked_mean(weights * losses, mask)
+        value_loss = masked_mean((values[:, :-1] - targets) ** 2, mask)
+        loss = policy_loss + hyper.value_coef * value_loss
+        with torch.no_grad():
+            count = mask.sum().clamp(min=1.0)
+            info = {
+                "loss": loss.detach(),
+                "policy_loss": policy_loss.detach(),
+                "value_loss": value_loss.detach(),
+                "loss_per_action": masked_mean(losses, mask),
+                "accuracy": masked_mean((logits.argmax(dim=-1) == actions).float(), mask),
+                "entropy": masked_mean(-(log_probs.exp() * log_probs).sum(dim=-1), mask),
+                "value_mean": masked_mean(values[:, :-1], mask),
+                "advantage_scale": self.advantage_square.sqrt(),
+                "weight_max": weights.max(),
+                "weight_clipped": masked_mean((weights >= weights.max() * 0.999).float(), mask),
+                "effective_sample_size": weights.sum() ** 2 / (weights**2).sum().clamp(min=1e-6) / count,
+                "counting_frames": mask.mean(),
+            }
+        return loss, info
+
+    def _readable(self, info: Dict[str, torch.Tensor]) -> Dict[str, Any]:
+        """Floats, fetched from the device at once; tensors if the loop asked for them."""
+        if self.info_as_tensors:
+            return dict(info)
+        return dict(zip(info, torch.stack([value.float() for value in info.values()]).tolist()))
+
+
+def value_errors(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Moments of the exact returns and of the values' errors, all [B, T] -> means, for the explained variance."""
+    error = returns - values
+    moments = {"return": returns, "return_square": returns**2, "value_error": error, "value_error_square": error**2}
+    return {f"moment_{name}": masked_mean(moment, mask) for name, moment in moments.items()}
+
+
+def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
+    """AWRConfig with these values. Raises ValueError for an unknown name or a value of another type."""
+    kinds = {item.name: type(item.default) for item in fields(AWRConfig)}
+    values = {}
+    for name, value in overrides.items():
+        if name not in kinds:
+            raise ValueError(f"algorithm: unknown setting {name!r}; there are {', '.join(kinds)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kinds[name](value) or value < 0:
+            raise ValueError(f"algorithm: {name} must be a {kinds[name].__name__} of at least 0, not {value!r}")
+        values[name] = kinds[name](value)
+    return replace(AWRConfig(), **values)
+
+
+# ======================================================================================================================
+# ========================================  EDITABLE END  ==============================================================
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# FIXED: the game and its evaluation
+# ======================================================================================================================
+NLE_HAS_GYMNASIUM = int(nle.__version__.split(".")[0]) >= 1
+NO_PROGRESS_STEPS = 1000  # Katakomba's and the NetHack Challenge's: a game is aborted when its turn counter stands still
+
+
+class NetHackGame:
+    """One game of the NetHack Challenge's kind that can be seeded; the same on nle 0.9 (gym) and 1.x (gymnasium).
+
+    Observations are fresh arrays: tty_chars [24, 80] uint8, tty_colors [24, 80] int8, tty_cursor [2] uint8 and blstats
+    [27] int32 as read off the status lines, just as they come from recorded games. `savedir` records in NLD-AA's layout.
+    """
+
+    def __init__(self, character: str, savedir: Optional[str] = None, max_steps: int = 1_000_000) -> None:
+        options: Dict[str, Any] = dict(character=character, actions=nethack.ACTIONS, allow_all_modes=True, allow_all_yn_questions=True,
+                                       penalty_step=0.0, penalty_time=0.0, max_episode_steps=10**9, savedir=savedir,
+                                       observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"))  # fmt: skip
+        if NLE_HAS_GYMNASIUM:
+            options["save_ttyrec_every"] = 1 if savedir else 0
+            if "fix_moon_phase" in NetHackScore.__init__.__code__.co_varnames or nle.__version__ >= "1.2":
+                options["fix_moon_phase"] = True  # otherwise the date enters the game
+        elif savedir:
+            options["save_ttyrec_every"] = 1
+        self.env = NetHackScore(**options)
+        self.read_status = StatusReader()
+        self.max_steps = max_steps
+        self.steps = self.score = self.still = 0
+        self.last_blstats = np.zeros(NUM_BLSTATS, dtype=np.int64)  # NLE's own, for bookkeeping; the agent never sees them
+
+    def _observe(self, raw: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        chars = raw["tty_chars"].copy()  # NLE writes the next frame into the same arrays
+        return {"tty_chars": chars, "tty_colors": raw["tty_colors"].copy(), "tty_cursor": raw["tty_cursor"].astype(np.uint8),
+                "blstats": self.read_status(chars[None])[0]}  # fmt: skip
+
+    def reset(self, core_seed: int, disp_seed: int) -> Dict[str, np.ndarray]:
+        """Begins the game of these two seeds."""
+        self.env.unwrapped.seed(core=core_seed, disp=disp_seed, reseed=False)  # holds for one game only
+        raw = self.env.reset()
+        raw = raw[0] if isinstance(raw, tuple) else raw
+        self.steps = self.score = self.still = 0
+        self.last_blstats = raw["blstats"].copy()
+        return self._observe(raw)
+
+    def step(self, action: int) -> Tuple[Dict[str, np.ndarray], float, bool, Dict[str, Any]]:
+        """-> obs, reward (difference of the in-game score), done, info. At the end of a game info has score, depth, turns,
+        length and end ('died', 'no progress' or 'step limit')."""
+        raw, reward, done, *_, info = self.env.step(int(action))
+        self.steps += 1
+        self.score += int(reward)
+        over = bool(done)
+        if not over:
+            self.still = 0 if raw["blstats"][20] != self.last_blstats[20] else self.still + 1
+            self.last_blstats = raw["blstats"].copy()
+        end = "died" if over else "no progress" if self.still >= NO_PROGRESS_STEPS else "step limit" if self.steps >= self.max_steps else None
+        if end is None:
+            return self._observe(raw), float(reward), False, info
+        final = {"score": self.score, "depth": int(self.last_blstats[12]), "turns": int(self.last_blstats[20]),
+                 "length": self.steps, "end": end}  # fmt: skip
+        return self._observe(raw), float(reward), True, {**info, **final}
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class GameResult(NamedTuple):
+    """One evaluated game."""
+
+    game: int  # its number k; its seeds derive from eval_seed and k
+    score: float
+    depth: int
+    turns: int
+    length: int
+    end: str
+
+
+def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
+    return derived_seed(eval_seed, game, 0) % 2**31, derived_seed(eval_seed, game, 1) % 2**31
+
+
+def observation_views(shared: Dict[str, Any], slots: int) -> Dict[str, np.ndarray]:
+    """Arrays [slots, ...] over memory that the main process shares with its workers."""
+    shapes = {"tty_chars": (np.uint8, ROWS, COLS), "tty_colors": (np.int8, ROWS, COLS), "tty_cursor": (np.uint8, 2),
+              "blstats": (np.int32, NUM_BLSTATS), "actions": (np.int64,), "fresh": (np.bool_,), "active": (np.bool_,)}  # fmt: skip
+    return {name: np.frombuffer(shared[name], dtype=kind).reshape((slots, *shape)) for name, (kind, *shape) in shapes.items()}
+
+
+class Slot:
+    """Plays one slot's games, one after another, into one row of the shared arrays."""
+
+    def __init__(self, views: Dict[str, np.ndarray], row: int) -> None:
+        self.views, self.row, self.game = views, row, None
+        self.queue: List[Tuple[int, int, int]] = []  # (game, core seed, disp seed)
+
+    def begin(self, character: str, queue: List[Tuple[int, int, int]], max_steps: int) -> None:
+        self.close()
+        self.queue = list(queue)
+        self.game = NetHackGame(character, max_steps=max_steps) if queue else None
+        self._next_game()
+
+    def _show(self, obs: Optional[Dict[str, np.ndarray]], fresh: bool) -> None:
+        for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats"):
+            self.views[name][self.row] = 0 if obs is None else obs[name]
+        self.views["fresh"][self.row], self.views["active"][self.row] = fresh, obs is not None
+
+    def _next_game(self) -> None:
+        if not self.queue:
+            self.close()
+            self._show(None, False)
+            return
+        self.number, core, disp = self.queue.pop(0)
+        self._show(self.game.reset(core, disp), True)
+
+    def step(self) -> Optional[GameResult]:
+        """Takes the row's action; the result of the game if it ended by it."""
+        if self.game is None:
+            return None
+        obs, _, done, info = self.game.step(int(self.views["actions"][self.row]))
+        if not done:
+            self._show(obs, False)
+            return None
+        result = GameResult(self.number, float(info["score"]), info["depth"], info["turns"], info["length"], info["end"])
+        self._next_game()
+        return result
+
+    def close(self) -> None:
+        if self.game is not None:
+            self.game.close()
+            self.game = None
+
+
+def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int]) -> None:
+    """A worker process: plays its rows' games as it is told through `pipe`. Games are made here, never inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    views = observation_views(shared, slots)
+    mine = [Slot(views, row) for row in rows]
+    try:
+        while True:
+            command, *arguments = pipe.recv()
+            if command == "begin":
+                character, queues, max_steps = arguments
+                for slot in mine:
+                    slot.begin(character, queues[slot.row], max_steps)
+                pipe.send([])
+            elif command == "step":
+                pipe.send([result for result in (slot.step() for slot in mine) if result is not None])
+            else:
+                return
+    except (EOFError, OSError):  # the main process is gone
+        return
+    finally:
+        for slot in mine:
+            slot.close()
+
+
+class GamePool:
+    """`slots` game slots spread over worker processes. Which slot plays which game depends on neither's number of cores."""
+
+    def __init__(self, slots: int, workers: int = 0) -> None:
+        self.slots = slots
+        self.rows = -(-slots // 8) * 8  # padded: a matrix product's bits may differ with the number of rows, at multiples of 8 not
+        sizes = {"tty_chars": CELLS, "tty_colors": CELLS, "tty_cursor": 2, "blstats": 4 * NUM_BLSTATS, "actions": 8, "fresh": 1, "active": 1}
+        context = multiprocessing.get_context("spawn")
+        shared = {name: context.RawArray("b", size * self.rows) for name, size in sizes.items()}
+        self.views = observation_views(shared, self.rows)
+        count = max(1, min(workers or usable_cores(), slots))
+        self.pipes, self.processes = [], []
+        for worker in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=play_worker, args=(theirs, shared, self.rows, range(slots)[worker::count]), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def _ask(self, *command: Any) -> List[GameResult]:
+        """Sends the command to all workers, then collects their answers."""
+        for pipe in self.pipes:
+            pipe.send(command)
+        return [result for pipe in self.pipes for result in pipe.recv()]
+
+    def begin(self, character: str, games: int, eval_seed: int, max_steps: int) -> None:
+        """Game k is played by slot k % slots: a fixed quota for each slot, so that short games are not over-counted."""
+        queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
+        self._ask("begin", character, queues, max_steps)
+
+    def step(self, actions: np.ndarray) -> List[GameResult]:
+        self.views["actions"][:] = actions
+        return self._ask("step")
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(("close",))
+        for process in self.processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+
+
+OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
+
+
+def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device) -> List[GameResult]:
+    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes."""
+    was_training = model.training
+    model.eval()
+    pool.begin(character, games, eval_seed, max_steps)
+    views, state, results = pool.views, None, []
+    previous = np.full(pool.rows, NO_ACTION, dtype=np.int64)
+    bar = tqdm(total=games, desc=f"playing {character}", unit="game", leave=False, disable=None)
+    cuda = [device] if device.type == "cuda" else []
+    tick = 0
+    while views["active"].any():
+        fresh = views["fresh"].copy()
+        previous[fresh | ~views["active"]] = NO_ACTION
+        if state is not None and fresh.any():
+            keep = torch.as_tensor(~fresh, device=device)[None, :, None]
+            state = tuple(part * keep.to(part.dtype) for part in state)
+        obs = {name: views[name].copy() for name in OBSERVATIONS}
+        with torch.random.fork_rng(devices=cuda):  # sampled actions depend on the seed and the tick, and disturb nothing else
+            torch.manual_seed(derived_seed(eval_seed, tick))
+            actions, state = model.vec_act({**obs, "prev_actions": previous}, state, device=str(device))
+        previous = np.asarray(actions, dtype=np.int64).copy()
+        finished = pool.step(previous)
+        results.extend(finished)
+        bar.update(len(finished))
+        tick += 1
+    bar.close()
+    model.train(was_training)
+    return sorted(results)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over games."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarize_games(results: Sequence[GameResult], character: str) -> Dict[str, float]:
+    """Metrics of one character's games, under Katakomba's names where it has them (reward_*, depth_*)."""
+    scores = np.array([result.score for result in results], dtype=np.float64)
+    depths = np.array([result.depth for result in results], dtype=np.float64)
+    normalized = scores / AUTOASCEND_MEAN_SCORE[character]
+    low, high = bootstrap_interval(normalized)
+    summary = {"normalized_score": float(normalized.mean()), "normalized_score_median": float(np.median(normalized)),
+               "normalized_score_low": low, "normalized_score_high": high,
+               "turns_mean": float(np.mean([result.turns for result in results])),
+               "length_mean": float(np.mean([result.length for result in results]))}  # fmt: skip
+    for name, values in (("reward", scores), ("depth", depths)):
+        summary.update({f"{name}_median": float(np.median(values)), f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std()),
+                        f"{name}_min": float(values.min()), f"{name}_max": float(values.max())})  # fmt: skip
+    for end in ("died", "no progress", "step limit"):
+        summary["end_" + end.replace(" ", "_")] = sum(result.end == end for result in results) / len(results)
+    return summary
+
+
+def column_name(character: str) -> str:
+    """mon-hum-neu -> normalized_score_mon_hum_neu, the leaderboard's name."""
+    return "normalized_score_" + character.replace("-", "_")
+
+
+def geometric_mean(scores: Sequence[float]) -> float:
+    """The task's score over characters; 0 if any score is not above 0."""
+    return math.exp(sum(math.log(score) for score in scores) / len(scores)) if min(scores) > 0 else 0.0
+
+
+def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, device: torch.device, autocast: Callable[[], Any]) -> Dict[str, float]:
+    """The algorithm's own train_step, without gradient, over held-out chunks from their beginning: mean of its metrics."""
+    model, states, totals, counts = algorithm.model, {}, {}, 0.0
+    was_training = model.training
+    model.eval()
+    steps = min(loader.plan.steps, -(-max_frames // (loader.batch_size * loader.seq_len)))
+    stream = loader.stream(0)
+    try:
+        with torch.no_grad():
+            for _, batch in zip(range(steps), stream):
+                batch = to_device(batch, device)
+                previous = batch.pop("prev_actions")
+                count = float(batch["mask"][:, :-1].sum())
+                with autocast():
+                    _, states, info = algorithm.train_step(batch, previous, states)
+                counts += count
+                for name, value in info.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) * count
+    finally:
+        stream.close()
+        model.train(was_training)
+    means = {name: total / max(counts, 1.0) for name, total in totals.items()}
+    moments = {name: means.pop(f"moment_{name}", math.nan) for name in ("return", "return_square", "value_error", "value_error_square")}
+    variance = moments["return_square"] - moments["return"] ** 2
+    if variance > 0:
+        means["value_rmse"] = math.sqrt(moments["value_error_square"])
+        means["explained_variance"] = 1.0 - (moments["value_error_square"] - moments["value_error"] ** 2) / variance
+    means["frames"] = counts
+    return means
+
+
+# ======================================================================================================================
+# FIXED: the run's folder, checkpoints and resuming
+# ======================================================================================================================
+CHECKPOINT_FORMAT = 1
+# What may differ between a run and its continuation: how long it is, where things lie, how it is watched.
+NOT_IDENTITY = ("update_steps", "data_path", "store_path", "checkpoints_path", "submission", "project", "group", "name", "version",
+                "log_every", "checkpoint_every", "keep_checkpoints", "resume", "data_workers", "data_mode", "render_processes",
+                "device")  # fmt: skip
+
+
+def run_identity(config: TrainConfig) -> str:
+    """Equal for a run and what may continue it: settings, this script and the submission."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY and not name.startswith("eval_")}
+    scripts = [sha256_of_file(Path(path)) for path in (__file__, config.submission) if path]
+    return hashlib.sha256(json.dumps([settings, scripts], sort_keys=True).encode()).hexdigest()
+
+
+def describe_run(config: TrainConfig, identity: str, device: torch.device) -> Dict[str, Any]:
+    """config.json: what is needed to know how a result came about."""
+    commit = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    hardware = {"machine": platform.machine(), "cores": usable_cores(), "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}  # fmt: skip
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "nle": nle.__version__, "numpy": np.__version__}
+    return {"config": asdict(config), "identity": identity, "versions": versions, "hardware": hardware, "command": sys.argv,
+            "commit": commit.stdout.strip() or None, "script_sha256": sha256_of_file(Path(__file__)), "finished_at_step": 0}  # fmt: skip
+
+
+def write_json(path: Path, content: Dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """<checkpoints_path>/<group>-v<version>/<name>-<characters>-seed<train_seed>: the same for the same command."""
+    name = f"{config.name}-{'+'.join(config.characters)}-seed{config.train_seed}"
+    return Path(config.checkpoints_path or "runs").expanduser() / f"{config.group}-v{config.version}" / name
+
+
+def siblings(folder: Path) -> List[Path]:
+    """The folder and its repeats, `<name>-2`, `<name>-3`, ..., as far as they exist, the newest first."""
+    pattern = re.compile(re.escape(folder.name) + r"(-\d+)?")
+    found = [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)] if folder.parent.is_dir() else []
+    return sorted(found, key=lambda path: int((pattern.fullmatch(path.name).group(1) or "-1")[1:]), reverse=True)
+
+
+def choose_run_folder(config: TrainConfig, identity: str) -> Tuple[Path, bool]:
+    """-> (folder, resumed). Never an existing folder, unless `resume` finds an unfinished run of this identity there."""
+    first = run_folder(config)
+    present = siblings(first)
+    if config.resume:
+        for folder in present:
+            described = read_json(folder / "config.json")
+            if described.get("identity") == identity and described.get("finished_at_step", 0) < config.update_steps:
+                return folder, True
+        say("nothing to resume: no unfinished run with these settings and this script; a new one begins")
+    number = 1
+    while True:  # mkdir decides between two runs that start at once
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder, False
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; give a writable folder with --checkpoints_path") from None
+
+
+def read_checkpoint(path: Path, identity: Optional[str] = None) -> Dict[str, Any]:
+    """A checkpoint's content. Raises UserError for one that is truncated, foreign or of another run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # no code is run by reading it
+    except Exception as error:  # torch reports damage by many types
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this script (format {CHECKPOINT_FORMAT})")
+    if identity is not None and content.get("identity") != identity:
+        raise UserError(f"{path} belongs to a run with other settings or another script")
+    return content
+
+
+def newest_checkpoint(folder: Path, identity: str) -> Optional[Dict[str, Any]]:
+    """last.pt, or last.prev.pt with a warning if last.pt is damaged; None if there is neither."""
+    problems = []
+    for path in (folder / "last.pt", folder / "last.prev.pt"):
+        if path.exists():
+            try:
+                content = read_checkpoint(path, identity)
+            except UserError as error:
+                problems.append(str(error))
+                warn(str(error))
+                continue
+            return content
+    if problems:
+        raise UserError(f"no checkpoint in {folder} can be read: {problems[0]}")
+    return None
+
+
+def save_checkpoint(folder: Path, content: Dict[str, Any]) -> None:
+    """Writes last.pt; the one before it becomes last.prev.pt. At every moment at least one of them is whole."""
+    last, previous = folder / "last.pt", folder / "last.prev.pt"
+    fresh = folder / ".last.pt.new"
+    try:
+        write_atomically(fresh, lambda file: torch.save(content, file))
+    except OSError as error:
+        raise UserError(f"cannot write {last}: {error.strerror}; the checkpoint before it is whole") from None
+    if last.exists():
+        os.replace(last, previous)
+    os.replace(fresh, last)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops rows after `step`, and a last line that was cut short: they will be written again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+# ======================================================================================================================
+# FIXED: training
+# ======================================================================================================================
+def choose_device(config: TrainConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device is {config.device}, but torch finds no CUDA GPU")
+    return torch.device(config.device)
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> Optional[torch.dtype]:
+    """The type of autocast's matrix products, or None for float32 throughout."""
+    if config.precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if config.precision == "fp16" and device.type != "cuda":
+        raise UserError("precision fp16 needs a CUDA GPU; on a CPU use fp32 or bf16")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} if device.type != "cpu" else batch
+
+
+def load_submission(path: str) -> Any:
+    """Module with `Model` and `OfflineAlgorithm`: a file's EDITABLE block, or the whole file if it has no banners."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the submission {path}: {getattr(error, 'strerror', None) or error}") from None
+    begin, end = text.find("EDITABLE " + "BEGIN"), text.find("EDITABLE " + "END")
+    if begin >= 0:
+        first = text.index("\n", begin)
+        text = "\n" * text[:first].count("\n") + text[first : text.rfind("\n", 0, end)]  # line numbers stay right
+    module = types.ModuleType("submission")
+    around = ("torch", "nn", "F", "np", "Categorical", "deepcopy", "ModelBackbone", "soft_update", "asymmetric_l2_loss", "math",
+              "random", "os", "dataclass", "field", "asdict", "Any", "Dict", "List", "Optional", "Tuple")  # fmt: skip
+    module.__dict__.update({name: globals()[name] for name in around})
+    sys.modules["submission"] = module  # dataclasses look their module up
+    try:
+        exec(compile(text, path, "exec"), module.__dict__)
+    except Exception as error:
+        raise UserError(f"the submission {path} does not run: {type(error).__name__}: {error}") from error
+    for name in ("Model", "OfflineAlgorithm"):
+        if not hasattr(module, name):
+            raise UserError(f"the submission {path} defines no {name}")
+    return module
+
+
+def make_algorithm(config: TrainConfig, device: torch.device) -> Any:
+    """The submission's OfflineAlgorithm on a fresh backbone. Raises UserError for wrong algorithm settings."""
+    algorithm_class = load_submission(config.submission).OfflineAlgorithm if config.submission else OfflineAlgorithm
+    backbone = ModelBackbone(NUM_ACTIONS, config.rnn_hidden_dim, config.rnn_layers, config.rnn_dropout, config.use_prev_action)
+    try:
+        return algorithm_class(backbone=backbone.to(device), config=config, device=str(device))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def split_weight_decay(parameters: Sequence[Tuple[str, nn.Parameter]], weight_decay: float) -> List[Dict[str, Any]]:
+    """AdamW's groups: decay on matrices only, not on biases, embeddings' offsets or norms."""
+    decayed = [parameter for _, parameter in parameters if parameter.dim() > 1]
+    others = [parameter for _, parameter in parameters if parameter.dim() <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def learning_rate_at(config: TrainConfig, transitions: int) -> float:
+    """Warm-up, then constant or cosine down to a tenth. Counted in transitions, so it means the same at any batch size."""
+    warm = min(1.0, transitions / config.warmup_transitions) if config.warmup_transitions else 1.0
+    if config.lr_schedule == "constant":
+        return config.learning_rate * warm
+    total = config.update_steps * config.batch_size * config.seq_len
+    return config.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, transitions / total))))
+
+
+class Trainer:
+    """Everything of a run: data, algorithm, optimizer, folder, and the loop over them."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = choose_device(config)
+        self.precision = choose_precision(config, self.device)
+        seed_everything(config.train_seed)
+        self.algorithm = make_algorithm(config, self.device)
+        self.algorithm.info_as_tensors = True
+        self.games = Games([open_or_build_store(config.data_path, config.store_path, name) for name in config.characters])
+        heldout = self.games.heldout(config.heldout_share)
+        self.training_games, self.heldout_games = np.flatnonzero(~heldout), np.flatnonzero(heldout)
+        self.reward_scale = self.games.reward_scale(self.training_games, config.gamma)
+        self.loader = self._loader(self.training_games, config.batch_size, config.train_seed)
+        groups = split_weight_decay(list(self.algorithm.model.named_parameters()), config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=self.device.type == "cuda")
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
+        self.step, self.rnn_states, self.best_heldout, self.pool = 0, {}, math.inf, None
+        self.identity = run_identity(config)
+        self.folder, resumed = choose_run_folder(config, self.identity)
+        self.wandb_id: Optional[str] = None
+        if resumed:
+            self._resume()
+        else:
+            self._describe()
+        self.timers = Timers()
+        wandb_run = start_wandb(config, self.folder, self.wandb_id)
+        self.wandb_id = wandb_run.id if wandb_run is not None else self.wandb_id
+        self.logger = RunLogger(self.folder / "metrics.jsonl", wandb_run)
+
+    def _loader(self, chosen: np.ndarray, rows: int, seed: Optional[int], **options: Any) -> ChunkLoader:
+        return ChunkLoader(self.games, chosen, rows, self.config.seq_len, seed, self.reward_scale, self.config.clip_range,
+                           threads=self.config.data_workers, pin=self.device.type == "cuda", **options)  # fmt: skip
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.precision) if self.precision else contextlib.nullcontext()
+
+    @property
+    def transitions(self) -> int:
+        return self.step * self.config.batch_size * self.config.seq_len
+
+    # --- folder and checkpoints
+    def _describe(self) -> None:
+        with open(self.folder / "config.yaml", "w", encoding="utf-8") as file:
+            pyrallis.dump(self.config, file)
+        write_json(self.folder / "config.json", describe_run(self.config, self.identity, self.device))
+
+    def _extra_state(self) -> Dict[str, Any]:
+        """State of the algorithm beyond its model: its own state_dict, or its other modules (target networks)."""
+        if hasattr(self.algorithm, "state_dict"):
+            return self.algorithm.state_dict()
+        others = {name: part for name, part in vars(self.algorithm).items() if isinstance(part, nn.Module) and part is not self.algorithm.model}
+        return {name: part.state_dict() for name, part in others.items()}
+
+    def _load_extra_state(self, state: Dict[str, Any]) -> None:
+        if hasattr(self.algorithm, "load_state_dict"):
+            self.algorithm.load_state_dict(state)
+        else:
+            for name, content in state.items():
+                getattr(self.algorithm, name).load_state_dict(content)
+
+    def _data_fingerprints(self) -> List[str]:
+        return [str(store.meta["fingerprint"]) for store in self.games.stores]
+
+    def save(self) -> None:
+        rng = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        content = {
+            "format": CHECKPOINT_FORMAT, "identity": self.identity, "step": self.step, "model": self.algorithm.model.state_dict(),
+            "algorithm": self._extra_state(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "rnn_states": self.rnn_states, "rng": rng, "best_heldout": self.best_heldout, "wandb_id": self.wandb_id,
+            "data": self._data_fingerprints(), "config": json.dumps(asdict(self.config)),
+        }  # fmt: skip
+        save_checkpoint(self.folder, content)
+
+    def _resume(self) -> None:
+        content = newest_checkpoint(self.folder, self.identity)
+        cut_metrics(self.folder / "metrics.jsonl", content["step"] if content else 0)
+        if content is None:
+            say(f"resuming {self.folder} from its beginning: it holds no checkpoint yet")
+            return
+        if content["data"] != self._data_fingerprints():
+            raise UserError(f"{self.folder} cannot be resumed: the games in the data folder have changed since")
+        self.algorithm.model.load_state_dict(content["model"])
+        self._load_extra_state(content["algorithm"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.rnn_states = {name: tuple(part.to(self.device) for part in parts) for name, parts in content["rnn_states"].items()}
+        self.step, self.best_heldout, self.wandb_id = content["step"], content["best_heldout"], content["wandb_id"]
+        torch.set_rng_state(content["rng"]["torch"])
+        if "cuda" in content["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+        say(f"resuming {self.folder} at step {self.step}")
+
+    # --- one update
+    def _synchronize(self, wanted: bool) -> None:
+        if wanted and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def update(self, stream: Iterator[Batch], timed: bool) -> Dict[str, Any]:
+        """One gradient step; returns the algorithm's info. `timed` waits for the GPU around each part."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.config, self.transitions)
+        with self.timers.measure("times/batch_loading_cpu"):
+            batch = next(stream)
+        with self.timers.measure("times/batch_loading_gpu"):
+            batch = to_device(batch, self.device)
+            self._synchronize(timed)
+        with self.timers.measure("times/forward_pass"):
+            previous = batch.pop("prev_actions")
+            with self.autocast():
+                loss, states, info = self.algorithm.train_step(batch, previous, self.rnn_states)
+            self.rnn_states = {name: tuple(part.detach() for part in parts) for name, parts in states.items()}
+            self._synchronize(timed)
+        with self.timers.measure("times/backward_pass"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            if self.config.clip_grad_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                info["grad_norm"] = nn.utils.clip_grad_norm_(self.algorithm.parameters(), self.config.clip_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.algorithm.after_gradient_step()
+            self._synchronize(timed)
+        self.step += 1
+        return info
+
+    def log_training(self, info: Dict[str, Any], rate: float) -> None:
+        loss = float(info["loss"])
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step}: lower learning_rate or set clip_grad_norm")
+        metrics = {f"train/{name}": float(value) for name, value in info.items() if name != "loss"}
+        row = {"loss": loss, **metrics, **self.timers.take(), "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+               "charts/SPS": rate}  # fmt: skip
+        self.logger.log(row, self.step, self.transitions)
+        brief = {name: float(info[name]) for name in ("loss", "loss_per_action", "accuracy", "effective_sample_size") if name in info}
+        RunLogger.line("TRAIN_METRICS", {"step": self.step, "transitions": self.transitions, **brief, "transitions_per_s": rate})
+
+    # --- evaluation
+    def evaluate(self) -> None:
+        """Held-out loss, then games of every character; writes metrics, arrays and the best weights."""
+        row: Dict[str, float] = {}
+        if len(self.heldout_games) and self.config.eval_heldout_frames:
+            rows = min(self.config.batch_size, 32)
+            loader = self._loader(self.heldout_games, rows, None, gamma_for_returns=self.config.gamma)
+            metrics = evaluate_heldout(self.algorithm, loader, self.config.eval_heldout_frames, self.device, self.autocast)
+            row.update({f"heldout/{name}": value for name, value in metrics.items()})
+            if metrics["loss_per_action"] < self.best_heldout:
+                self.best_heldout = metrics["loss_per_action"]
+                self._save_weights("best.pt")
+        scores: Dict[str, float] = {}
+        if self.config.eval_episodes:
+            self.pool = self.pool or GamePool(self.config.eval_processes, self.config.eval_workers)
+            for character in self.config.characters:
+                with self.timers.measure("times/evaluation_cpu"):
+                    results = play_games(self.pool, self.algorithm.model, character, self.config.eval_episodes, self.config.eval_seed,
+                                         self.config.eval_max_steps, self.device)  # fmt: skip
+                summary = summarize_games(results, character)
+                self._save_results(results, character)
+                prefix = "" if len(self.config.characters) == 1 else f"{character}/"
+                row.update({prefix + name: value for name, value in summary.items()})
+                scores[column_name(character)] = row[f"eval/{column_name(character)}"] = summary["normalized_score"]
+                self._print_summary(character, summary, len(results))
+            row["eval/normalized_score"] = geometric_mean(list(scores.values()))
+        row.update(self.timers.take())
+        self.logger.log(row, self.step, self.transitions)
+        if "heldout/loss_per_action" in row:
+            RunLogger.line("HELDOUT_METRICS", {"step": self.step, **{name[8:]: value for name, value in row.items() if name.startswith("heldout/")}})
+        if scores:
+            single = len(scores) == 1
+            shown = {"normalized_score": next(iter(scores.values())) if single else row["eval/normalized_score"], **scores}
+            RunLogger.line("TEST_METRICS", shown)
+        if self.config.keep_checkpoints:
+            self._save_weights(f"{self.step}.pt")
+
+    def _save_weights(self, name: str) -> None:
+        content = {"format": CHECKPOINT_FORMAT, "identity": self.identity, "step": self.step, "model": self.algorithm.model.state_dict(),
+                   "heldout": self.best_heldout, "config": json.dumps(asdict(self.config))}  # fmt: skip
+        write_atomically(self.folder / name, lambda file: torch.save(content, file))
+
+    def _save_results(self, results: Sequence[GameResult], character: str) -> None:
+        """One value a game, in the order of the games' seeds."""
+        scores = np.array([result.score for result in results])
+        arrays = {"returns": scores, "depths": np.array([result.depth for result in results]),
+                  "normalized_scores": scores / AUTOASCEND_MEAN_SCORE[character]}  # fmt: skip
+        for name, array in arrays.items():
+            write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", lambda file, array=array: np.save(file, array))
+
+    @staticmethod
+    def _print_summary(character: str, summary: Dict[str, float], games: int) -> None:
+        ends = ", ".join(f"{summary['end_' + end] * games:.0f} {text}" for end, text in
+                         (("died", "died"), ("no_progress", "stuck"), ("step_limit", "cut at the step limit")) if summary["end_" + end])  # fmt: skip
+        say(f"{character}: normalized score {summary['normalized_score']:.4f} (95 % interval {summary['normalized_score_low']:.4f} to "
+            f"{summary['normalized_score_high']:.4f}), mean score {summary['reward_mean']:.0f}, median {summary['reward_median']:.0f}, "
+            f"depth {summary['depth_mean']:.1f}, {summary['turns_mean']:.0f} turns, {games} games: {ends}")  # fmt: skip
+
+    # --- the loop
+    def run(self) -> None:
+        config = self.config
+        say(f"run: {self.folder}")
+        heads = sum(p.numel() for p in self.algorithm.model.parameters()) - sum(p.numel() for p in self.algorithm.model.backbone.parameters())
+        say(f"model: {sum(p.numel() for p in self.algorithm.model.parameters()):,} parameters, {heads:,} of them in the head; {self.device}, "
+            f"{str(self.precision or torch.float32)[6:]}; reward scale {self.reward_scale:.2f}")  # fmt: skip
+        say(f"games: {len(self.training_games)} for training, {len(self.heldout_games)} held out; {self.loader.plan.steps} updates a pass")
+        stream = self.loader.stream(self.step)
+        bar = tqdm(total=config.update_steps, initial=self.step, desc="training", unit="update", disable=None, dynamic_ncols=True)
+        since, begin = self.step, time.perf_counter()
+        try:
+            while self.step < config.update_steps:
+                logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.update_steps
+                info = self.update(stream, timed=logged)
+                bar.update()
+                last = self.step == config.update_steps
+                if logged:
+                    rate = (self.step - since) * config.batch_size * config.seq_len / (time.perf_counter() - begin)
+                    self.log_training(info, rate)
+                if self.step % config.eval_every == 0 or last:
+                    self.evaluate()
+                if self.step % config.checkpoint_every == 0 or last:
+                    self.save()
+                if logged or self.step % config.eval_every == 0:
+                    self.timers.take()
+                    since, begin = self.step, time.perf_counter()
+        finally:
+            bar.close()
+            stream.close()
+            self.close()
+        described = read_json(self.folder / "config.json")
+        write_json(self.folder / "config.json", {**described, "finished_at_step": self.step})
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+        self.logger.close()
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains, evaluates, and returns the run's folder."""
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer.folder
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    try:
+        train(parse_config(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
