@@ -160,6 +160,7 @@ class TrainConfig:
     render_processes: int = 14  # accepted for Katakomba's command lines; nothing is rendered
     eval_workers: int = 0  # processes that run the game slots; 0: as many as there are cores
     eval_max_steps: int = 1_000_000  # a game is cut after so many actions (counted and reported)
+    eval_clear_state: bool = True  # clear recurrent state and previous action at each new game (Katakomba's loop never does)
     eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
     eval_seed: int = 50  # seed of the evaluation games and of sampled actions
 
@@ -1417,7 +1418,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 class AWRConfig:
     """Hyper-parameters of the algorithm, each with its source; `config.algorithm` overrides them by name."""
 
-    head_dim: int = 112  # width of the head's shared projection: the largest that keeps the head within 267,033 parameters
+    head_dim: int = 120  # width of the head's shared projection; up to 122 keep the head within 267,033 parameters
     burn_in: int = 4  # steps re-run before a chunk to refresh the stored state (R2D2, Kapturowski et al. 2019, section 3)
     lam: float = 0.95  # lambda of the returns (TD(lambda); the usual value, arXiv 1506.02438)
     beta: float = 1.0  # temperature: weight = exp(advantage / (beta * scale)) (AWR, arXiv 1910.00177, equation 7)
@@ -1582,6 +1583,8 @@ class OfflineAlgorithm:
         names = sorted(inputs)
 
         state = self._burn_in(rnn_states, names, resets[:, 0], split)
+        # Until 2.10 torch's autocast kept the half-precision weights it had cast without gradient for the pass with it.
+        torch.clear_autocast_cache()
         keep_at = steps - min(self.hyper.burn_in, steps)  # the state to store lies before this frame
         cuts = sorted({keep_at, *(self._cuts(resets) if split else [0])})
         core_output, states = self._run(inputs, resets, state, cuts)
@@ -1591,7 +1594,8 @@ class OfflineAlgorithm:
             info.update(value_errors(values[:, :-1].detach(), batch["returns"][:, :-1].float(), mask[:, :-1]))
 
         new_states: Dict[str, Any] = {"ended": (dones[:, steps - 1] > 0,)}
-        new_states["tail"] = (resets[:, keep_at:steps], *(inputs[name][:, keep_at:steps] for name in names))
+        if keep_at < steps:
+            new_states["tail"] = (resets[:, keep_at:steps], *(inputs[name][:, keep_at:steps] for name in names))
         stored = states[cuts.index(keep_at)]
         if stored is not None:
             new_states["core"] = tuple(part.detach() for part in stored)
@@ -1867,7 +1871,8 @@ class GamePool:
 OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
 
 
-def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device) -> List[GameResult]:
+def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
+               clear_state: bool = True) -> List[GameResult]:  # fmt: skip
     """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes."""
     was_training = model.training
     model.eval()
@@ -1878,7 +1883,7 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
     cuda = [device] if device.type == "cuda" else []
     tick = 0
     while views["active"].any():
-        fresh = views["fresh"].copy()
+        fresh = views["fresh"] & (clear_state or tick == 0)
         previous[fresh | ~views["active"]] = NO_ACTION
         if state is not None and fresh.any():
             keep = torch.as_tensor(~fresh, device=device)[None, :, None]
@@ -2123,13 +2128,14 @@ def load_submission(path: str) -> Any:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the submission {path}: {getattr(error, 'strerror', None) or error}") from None
-    begin, end = text.find("EDITABLE " + "BEGIN"), text.find("EDITABLE " + "END")
-    if begin >= 0:
-        first = text.index("\n", begin)
-        text = "\n" * text[:first].count("\n") + text[first : text.rfind("\n", 0, end)]  # line numbers stay right
+    banners = [found.start() for found in re.finditer(r"^# =+ +EDITABLE (?:BEGIN|END) +=+$", text, re.MULTILINE)]
+    if len(banners) not in (0, 2):
+        raise UserError(f"the submission {path} must have both EDITABLE banners once, or neither")
+    if banners:
+        text = "\n" * text.count("\n", 0, banners[0]) + text[banners[0] : banners[1]]  # line numbers stay right
     module = types.ModuleType("submission")
-    around = ("torch", "nn", "F", "np", "Categorical", "deepcopy", "ModelBackbone", "soft_update", "asymmetric_l2_loss", "math",
-              "random", "os", "dataclass", "field", "asdict", "Any", "Dict", "List", "Optional", "Tuple")  # fmt: skip
+    around = ("torch", "nn", "F", "np", "Categorical", "deepcopy", "ModelBackbone", "soft_update", "asymmetric_l2_loss", "random", "os",
+              "dataclass", "asdict", "Any", "Dict", "List", "Optional", "Tuple")  # fmt: skip
     module.__dict__.update({name: globals()[name] for name in around})
     sys.modules["submission"] = module  # dataclasses look their module up
     try:
@@ -2147,9 +2153,12 @@ def make_algorithm(config: TrainConfig, device: torch.device) -> Any:
     algorithm_class = load_submission(config.submission).OfflineAlgorithm if config.submission else OfflineAlgorithm
     backbone = ModelBackbone(NUM_ACTIONS, config.rnn_hidden_dim, config.rnn_layers, config.rnn_dropout, config.use_prev_action)
     try:
-        return algorithm_class(backbone=backbone.to(device), config=config, device=str(device))
+        algorithm = algorithm_class(backbone=backbone.to(device), config=config, device=str(device))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.algorithm and not hasattr(algorithm, "hyper"):
+        raise UserError(f"the submission {config.submission} takes no algorithm settings, but is given {', '.join(config.algorithm)}")
+    return algorithm
 
 
 def split_weight_decay(parameters: Sequence[Tuple[str, nn.Parameter]], weight_decay: float) -> List[Dict[str, Any]]:
@@ -2326,7 +2335,7 @@ class Trainer:
             for character in self.config.characters:
                 with self.timers.measure("times/evaluation_cpu"):
                     results = play_games(self.pool, self.algorithm.model, character, self.config.eval_episodes, self.config.eval_seed,
-                                         self.config.eval_max_steps, self.device)  # fmt: skip
+                                         self.config.eval_max_steps, self.device, self.config.eval_clear_state)  # fmt: skip
                 summary = summarize_games(results, character)
                 self._save_results(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
