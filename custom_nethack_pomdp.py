@@ -35,6 +35,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -66,6 +67,7 @@ import torch.nn.functional as F
 import yaml
 from nle import nethack
 from nle.dataset.dataset import converter as ttyrec_converter
+from nle.env.base import NLE
 from nle.env.tasks import NetHackScore
 from torch.distributions import Categorical
 from tqdm.auto import tqdm
@@ -616,16 +618,11 @@ def read_hdf5(path: str, key: str) -> Iterator[Frames]:
         raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def screen_text(chars: np.ndarray) -> bytes:
-    """[24, 80] uint8 -> its bytes, row after row."""
-    return chars.tobytes()
-
-
 def find_first_frame(frames: Frames) -> int:
     """Index of the player's first frame: NLE itself answers start-up screens with SPACE, and they are recorded too."""
     index = 0
     while index < len(frames.chars) and frames.spaces[index]:
-        text = screen_text(frames.chars[index])
+        text = frames.chars[index].tobytes()
         greeting = b"welcome to NetHack!" in text and b"--More--" in text
         if VITALS.match(text[-COLS:]) and not greeting:
             break
@@ -645,7 +642,7 @@ def find_end_of_play(frames: Frames) -> Optional[int]:
     """
     others = np.flatnonzero(~frames.spaces)
     first_space = int(others[-1]) + 1 if len(others) else 0
-    texts = {index: screen_text(frames.chars[index]) for index in range(max(first_space, len(frames.chars) - 64), len(frames.chars))}
+    texts = {index: frames.chars[index].tobytes() for index in range(max(first_space, len(frames.chars) - 64), len(frames.chars))}
     pages = [index for index, text in texts.items() if b"'s attributes:" in text]
     if not pages:
         return None
@@ -689,7 +686,7 @@ class EncodedGame(NamedTuple):
     blocks: List[bytes]  # header and compressed frames
     reward_frames: np.ndarray  # [k] int64, frames whose reward is not 0
     reward_values: np.ndarray  # [k] int32
-    unknown_keys: Dict[int, int]  # here: {UNKNOWN_KEY: count}
+    unknown_keys: int  # frames whose key is no action
     max_depth: int
     turns: int
 
@@ -740,7 +737,7 @@ class GameEncoder:
         paid = np.flatnonzero(rewards)
         unknown = int((np.concatenate(actions) == UNKNOWN_KEY).sum())
         return EncodedGame(name, len(total), blocks, paid, rewards[paid].astype(np.int32),
-                           {UNKNOWN_KEY: unknown} if unknown else {}, max_depth, turns)  # fmt: skip
+                           unknown, max_depth, turns)  # fmt: skip
 
 
 def encode_game(source: GameSource) -> Any:
@@ -934,12 +931,11 @@ def build_store(store: Path, found: FoundGames, character: str, workers: int) ->
     }
     with open(temporary / "index.npz", "wb") as file:
         np.savez(file, **index)
-    unknown = sum(sum(game.unknown_keys.values()) for game in kept)
     meta = {
         "format": STORE_FORMAT, "fingerprint": store_fingerprint(found.games), "character": character,
         "games": len(kept), "frames": int(index["frames"].sum()), "bytes": offsets[-1],
         "index_sha256": sha256_of_file(temporary / "index.npz"), "skipped": skipped, "passed_over": found.problems,
-        "unknown_keys": unknown, "build_seconds": round(time.perf_counter() - begin, 2),
+        "unknown_keys": sum(game.unknown_keys for game in kept), "build_seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     shutil.rmtree(store, ignore_errors=True)
@@ -1143,12 +1139,15 @@ class ChunkLoader:
         self.pin, self.threads = pin, threads
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self.cache: List[Dict[Tuple[int, int], Block]] = [{} for _ in range(self.batch_size)]
+        self.rewards_of: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
         self.returns_of: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
 
     def _scaled_rewards(self, game: int) -> Tuple[np.ndarray, np.ndarray]:
-        store, number = self.games.places[game]
-        at, values = store.rewards(number)
-        return at, np.clip(values / self.reward_scale, -self.clip_range, self.clip_range).astype(np.float32)
+        if game not in self.rewards_of:
+            store, number = self.games.places[game]
+            at, values = store.rewards(number)
+            self.rewards_of[game] = (at, np.clip(values / self.reward_scale, -self.clip_range, self.clip_range).astype(np.float32))
+        return self.rewards_of[game]
 
     def _returns(self, game: int, frames: np.ndarray) -> np.ndarray:
         """Exact discounted return-to-go of the scaled rewards at these frames."""
@@ -1671,7 +1670,7 @@ def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
 # ======================================================================================================================
 # FIXED: the game and its evaluation
 # ======================================================================================================================
-NLE_HAS_GYMNASIUM = int(nle.__version__.split(".")[0]) >= 1
+OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
 NO_PROGRESS_STEPS = 1000  # Katakomba's and the NetHack Challenge's: a game is aborted when its turn counter stands still
 
 
@@ -1685,13 +1684,9 @@ class NetHackGame:
     def __init__(self, character: str, savedir: Optional[str] = None, max_steps: int = 1_000_000) -> None:
         options: Dict[str, Any] = dict(character=character, actions=nethack.ACTIONS, allow_all_modes=True, allow_all_yn_questions=True,
                                        penalty_step=0.0, penalty_time=0.0, max_episode_steps=10**9, savedir=savedir,
-                                       observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"))  # fmt: skip
-        if NLE_HAS_GYMNASIUM:
-            options["save_ttyrec_every"] = 1 if savedir else 0
-            if "fix_moon_phase" in NetHackScore.__init__.__code__.co_varnames or nle.__version__ >= "1.2":
-                options["fix_moon_phase"] = True  # otherwise the date enters the game
-        elif savedir:
-            options["save_ttyrec_every"] = 1
+                                       save_ttyrec_every=1 if savedir else 0, observation_keys=OBSERVATIONS)  # fmt: skip
+        if "fix_moon_phase" in inspect.signature(NLE.__init__).parameters:
+            options["fix_moon_phase"] = True  # otherwise the date enters the game
         self.env = NetHackScore(**options)
         self.read_status = StatusReader()
         self.max_steps = max_steps
@@ -1769,7 +1764,7 @@ class Slot:
         self._next_game()
 
     def _show(self, obs: Optional[Dict[str, np.ndarray]], fresh: bool) -> None:
-        for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats"):
+        for name in OBSERVATIONS:
             self.views[name][self.row] = 0 if obs is None else obs[name]
         self.views["fresh"][self.row], self.views["active"][self.row] = fresh, obs is not None
 
@@ -1866,9 +1861,6 @@ class GamePool:
             process.join(timeout=5)
             if process.is_alive():
                 process.terminate()
-
-
-OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
 
 
 def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
