@@ -1226,7 +1226,7 @@ class ChunkLoader:
 
     def stream(self, first_step: int, ahead: int = 2) -> Iterator[Batch]:
         """Batches first_step, first_step + 1, ... without end, read ahead by a thread of their own."""
-        ready: "Queue[Any]" = Queue(maxsize=ahead)
+        ready: Queue[Any] = Queue(maxsize=ahead)
         stopped = threading.Event()
 
         def read() -> None:
@@ -1510,7 +1510,7 @@ class OfflineAlgorithm:
         self.gamma, self.device = config.gamma, device
         self.model = Model(backbone, self.hyper.head_dim, self.hyper.temperature).to(device)
         self.no_action = getattr(backbone, "no_action", 0)  # the benchmark's backbone has no index for it
-        self.advantage_square = torch.ones((), device=device)  # running mean of the squared advantage
+        self.advantage_square = torch.zeros((), device=device)  # running mean of the squared advantage; 0: none seen yet
         self.info_as_tensors = False  # a loop may set it, to read `info` without waiting for the GPU at every step
 
     def parameters(self) -> List[nn.Parameter]:
@@ -1527,7 +1527,8 @@ class OfflineAlgorithm:
         """Nothing follows a step: there is no target network, since values of the data's own policy need none."""
 
     # --- unrolling the backbone over a chunk
-    def _run(self, inputs: Dict[str, torch.Tensor], resets: Optional[torch.Tensor], state: Any, cuts: Sequence[int]) -> Tuple[Any, List[Any]]:
+    def _run(self, inputs: Dict[str, torch.Tensor], resets: Optional[torch.Tensor], state: Any,
+             cuts: Sequence[int]) -> Tuple[torch.Tensor, List[Any]]:  # fmt: skip
         """Runs frames 0 .. T - 1, stopping before each of `cuts` (the first is 0) to clear rows whose game begins there.
 
         resets [B, T] bool or None (nothing begins). Returns core_output [B, T, H] and the states at the cuts, after
@@ -1609,7 +1610,8 @@ class OfflineAlgorithm:
         advantages = targets - values[:, :-1].detach()
         if torch.is_grad_enabled():  # held-out games must leave no trace
             square = masked_mean(advantages**2, mask)
-            self.advantage_square = torch.lerp(self.advantage_square, square, hyper.scale_rate)
+            running = torch.lerp(self.advantage_square, square, hyper.scale_rate)
+            self.advantage_square = torch.where(self.advantage_square > 0, running, square)
         weights = advantage_weights(advantages, mask, self.advantage_square.sqrt(), hyper.beta, hyper.max_weight)
 
         log_probs = F.log_softmax(logits, dim=-1)
@@ -1717,7 +1719,8 @@ class NetHackGame:
         if not over:
             self.still = 0 if raw["blstats"][20] != self.last_blstats[20] else self.still + 1
             self.last_blstats = raw["blstats"].copy()
-        end = "died" if over else "no progress" if self.still >= NO_PROGRESS_STEPS else "step limit" if self.steps >= self.max_steps else None
+        stuck, cut = self.still >= NO_PROGRESS_STEPS, self.steps >= self.max_steps
+        end = "died" if over else "no progress" if stuck else "step limit" if cut else None
         if end is None:
             return self._observe(raw), float(reward), False, info
         final = {"score": self.score, "depth": int(self.last_blstats[12]), "turns": int(self.last_blstats[20]),
@@ -1797,6 +1800,7 @@ class Slot:
 def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int]) -> None:
     """A worker process: plays its rows' games as it is told through `pipe`. Games are made here, never inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`: NLE's temporary folders must go
     views = observation_views(shared, slots)
     mine = [Slot(views, row) for row in rows]
     try:
@@ -1824,7 +1828,8 @@ class GamePool:
     def __init__(self, slots: int, workers: int = 0) -> None:
         self.slots = slots
         self.rows = -(-slots // 8) * 8  # padded: a matrix product's bits may differ with the number of rows, at multiples of 8 not
-        sizes = {"tty_chars": CELLS, "tty_colors": CELLS, "tty_cursor": 2, "blstats": 4 * NUM_BLSTATS, "actions": 8, "fresh": 1, "active": 1}
+        sizes = {"tty_chars": CELLS, "tty_colors": CELLS, "tty_cursor": 2, "blstats": 4 * NUM_BLSTATS, "actions": 8, "fresh": 1,
+                 "active": 1}  # fmt: skip
         context = multiprocessing.get_context("spawn")
         shared = {name: context.RawArray("b", size * self.rows) for name, size in sizes.items()}
         self.views = observation_views(shared, self.rows)
@@ -1864,8 +1869,11 @@ class GamePool:
 
 
 def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
-               clear_state: bool = True) -> List[GameResult]:  # fmt: skip
-    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes."""
+               clear_state: bool = True, check: Callable[[], None] = lambda: None) -> List[GameResult]:  # fmt: skip
+    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes.
+
+    `check` is called at every tick and may raise to break the evaluation off.
+    """
     was_training = model.training
     model.eval()
     pool.begin(character, games, eval_seed, max_steps)
@@ -1875,6 +1883,7 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
     cuda = [device] if device.type == "cuda" else []
     tick = 0
     while views["active"].any():
+        check()
         fresh = views["fresh"] & (clear_state or tick == 0)
         previous[fresh | ~views["active"]] = NO_ACTION
         if state is not None and fresh.any():
@@ -1913,11 +1922,23 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Dict[str, 
                "turns_mean": float(np.mean([result.turns for result in results])),
                "length_mean": float(np.mean([result.length for result in results]))}  # fmt: skip
     for name, values in (("reward", scores), ("depth", depths)):
-        summary.update({f"{name}_median": float(np.median(values)), f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std()),
-                        f"{name}_min": float(values.min()), f"{name}_max": float(values.max())})  # fmt: skip
+        statistics = {"median": np.median, "mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
+        summary.update({f"{name}_{statistic}": float(function(values)) for statistic, function in statistics.items()})
     for end in ("died", "no progress", "step limit"):
         summary["end_" + end.replace(" ", "_")] = sum(result.end == end for result in results) / len(results)
     return summary
+
+
+def score_table(summaries: Dict[str, Dict[str, float]], games: int) -> str:
+    """The table that ends an evaluation: a line a character."""
+    header = ("character", "games", "normalized", "95 % interval", "mean", "median", "depth", "turns", "died/stuck/cut")
+    lines = ["{:<12} {:>5} {:>10} {:>16} {:>8} {:>8} {:>6} {:>7}  {}".format(*header)]
+    for name, row in summaries.items():
+        interval = f"{row['normalized_score_low']:.4f} - {row['normalized_score_high']:.4f}"
+        ends = "/".join(f"{row[end] * games:.0f}" for end in ("end_died", "end_no_progress", "end_step_limit"))
+        numbers = f"{row['reward_mean']:>8.0f} {row['reward_median']:>8.0f} {row['depth_mean']:>6.1f} {row['turns_mean']:>7.0f}"
+        lines.append(f"{name:<12} {games:>5} {row['normalized_score']:>10.4f} {interval:>16} {numbers}  {ends}")
+    return "\n".join(lines)
 
 
 def column_name(character: str) -> str:
@@ -1926,11 +1947,14 @@ def column_name(character: str) -> str:
 
 
 def geometric_mean(scores: Sequence[float]) -> float:
-    """The task's score over characters; 0 if any score is not above 0."""
+    """The task's score over characters; of several it is 0 if any is not above 0."""
+    if len(scores) == 1:
+        return scores[0]
     return math.exp(sum(math.log(score) for score in scores) / len(scores)) if min(scores) > 0 else 0.0
 
 
-def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, device: torch.device, autocast: Callable[[], Any]) -> Dict[str, float]:
+def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, device: torch.device,
+                     autocast: Callable[[], Any]) -> Dict[str, float]:  # fmt: skip
     """The algorithm's own train_step, without gradient, over held-out chunks from their beginning: mean of its metrics."""
     model, states, totals, counts = algorithm.model, {}, {}, 0.0
     was_training = model.training
@@ -2169,6 +2193,13 @@ def learning_rate_at(config: TrainConfig, transitions: int) -> float:
     return config.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, transitions / total))))
 
 
+MAX_SKIPPED_IN_ROW = 50  # fp16 may need some 20 to find its loss scale
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C arrived; raised at the next point where the run can be left and resumed."""
+
+
 class Trainer:
     """Everything of a run: data, algorithm, optimizer, folder, and the loop over them."""
 
@@ -2187,7 +2218,10 @@ class Trainer:
         groups = split_weight_decay(list(self.algorithm.model.named_parameters()), config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
-        self.step, self.rnn_states, self.best_heldout, self.pool = 0, {}, math.inf, None
+        self.step, self.evaluated_step, self.rnn_states, self.best_heldout = 0, 0, {}, math.inf
+        self.skipped = self.skipped_in_row = 0
+        self.pool: Optional[GamePool] = None
+        self.stop_signal: Optional[int] = None
         self.identity = run_identity(config)
         self.folder, resumed = choose_run_folder(config, self.identity)
         self.wandb_id: Optional[str] = None
@@ -2213,16 +2247,15 @@ class Trainer:
 
     # --- folder and checkpoints
     def _describe(self) -> None:
-        with open(self.folder / "config.yaml", "w", encoding="utf-8") as file:
-            pyrallis.dump(self.config, file)
+        (self.folder / "config.yaml").write_text(pyrallis.dump(self.config), encoding="utf-8")
         write_json(self.folder / "config.json", describe_run(self.config, self.identity, self.device))
 
     def _extra_state(self) -> Dict[str, Any]:
         """State of the algorithm beyond its model: its own state_dict, or its other modules (target networks)."""
         if hasattr(self.algorithm, "state_dict"):
             return self.algorithm.state_dict()
-        others = {name: part for name, part in vars(self.algorithm).items() if isinstance(part, nn.Module) and part is not self.algorithm.model}
-        return {name: part.state_dict() for name, part in others.items()}
+        modules = {name: part for name, part in vars(self.algorithm).items() if isinstance(part, nn.Module) and name != "model"}
+        return {name: part.state_dict() for name, part in modules.items()}
 
     def _load_extra_state(self, state: Dict[str, Any]) -> None:
         if hasattr(self.algorithm, "load_state_dict"):
@@ -2239,7 +2272,8 @@ class Trainer:
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         content = {
-            "format": CHECKPOINT_FORMAT, "identity": self.identity, "step": self.step, "model": self.algorithm.model.state_dict(),
+            "format": CHECKPOINT_FORMAT, "identity": self.identity, "step": self.step, "evaluated_step": self.evaluated_step,
+            "skipped": self.skipped, "model": self.algorithm.model.state_dict(),
             "algorithm": self._extra_state(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "rnn_states": self.rnn_states, "rng": rng, "best_heldout": self.best_heldout, "wandb_id": self.wandb_id,
             "data": self._data_fingerprints(), "config": json.dumps(asdict(self.config)),
@@ -2259,7 +2293,8 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         self.rnn_states = {name: tuple(part.to(self.device) for part in parts) for name, parts in content["rnn_states"].items()}
-        self.step, self.best_heldout, self.wandb_id = content["step"], content["best_heldout"], content["wandb_id"]
+        self.step, self.evaluated_step, self.skipped = content["step"], content["evaluated_step"], content["skipped"]
+        self.best_heldout, self.wandb_id = content["best_heldout"], content["wandb_id"]
         torch.set_rng_state(content["rng"]["torch"])
         if "cuda" in content["rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
@@ -2288,20 +2323,30 @@ class Trainer:
         with self.timers.measure("times/backward_pass"):
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
-            if self.config.clip_grad_norm is not None:
-                self.scaler.unscale_(self.optimizer)
-                info["grad_norm"] = nn.utils.clip_grad_norm_(self.algorithm.parameters(), self.config.clip_grad_norm)
-            self.scaler.step(self.optimizer)
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.algorithm.parameters(), self.config.clip_grad_norm or math.inf)
+            info["grad_norm"], info["skipped_updates"] = norm, self.skipped
+            if math.isfinite(float(norm)):
+                self.scaler.step(self.optimizer)
+                self.algorithm.after_gradient_step()
+                self.skipped_in_row = 0
+            else:
+                self._skip_update()
             self.scaler.update()
-            self.algorithm.after_gradient_step()
             self._synchronize(timed)
         self.step += 1
         return info
 
+    def _skip_update(self) -> None:
+        """A loss or gradient that is not finite must not reach the weights; many in a row end the run."""
+        self.skipped, self.skipped_in_row, self.rnn_states = self.skipped + 1, self.skipped_in_row + 1, {}
+        warn(f"the gradient at step {self.step + 1} is not finite: update skipped, recurrent states cleared")
+        if self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+            raise UserError(f"{MAX_SKIPPED_IN_ROW} updates in a row had a gradient that is not finite, up to step {self.step + 1}: "
+                            "lower learning_rate or set clip_grad_norm, and start from an earlier checkpoint")  # fmt: skip
+
     def log_training(self, info: Dict[str, Any], rate: float) -> None:
         loss = float(info["loss"])
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step}: lower learning_rate or set clip_grad_norm")
         metrics = {f"train/{name}": float(value) for name, value in info.items() if name != "loss"}
         row = {"loss": loss, **metrics, **self.timers.take(), "train/learning_rate": self.optimizer.param_groups[0]["lr"],
                "charts/SPS": rate}  # fmt: skip
@@ -2321,28 +2366,29 @@ class Trainer:
             if metrics["loss_per_action"] < self.best_heldout:
                 self.best_heldout = metrics["loss_per_action"]
                 self._save_weights("best.pt")
-        scores: Dict[str, float] = {}
+        summaries: Dict[str, Dict[str, float]] = {}
         if self.config.eval_episodes:
             self.pool = self.pool or GamePool(self.config.eval_processes, self.config.eval_workers)
             for character in self.config.characters:
                 with self.timers.measure("times/evaluation_cpu"):
                     results = play_games(self.pool, self.algorithm.model, character, self.config.eval_episodes, self.config.eval_seed,
-                                         self.config.eval_max_steps, self.device, self.config.eval_clear_state)  # fmt: skip
-                summary = summarize_games(results, character)
+                                         self.config.eval_max_steps, self.device, self.config.eval_clear_state, self._check_stop)  # fmt: skip
                 self._save_results(results, character)
+                summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
                 row.update({prefix + name: value for name, value in summary.items()})
-                scores[column_name(character)] = row[f"eval/{column_name(character)}"] = summary["normalized_score"]
-                self._print_summary(character, summary, len(results))
-            row["eval/normalized_score"] = geometric_mean(list(scores.values()))
+        scores = {column_name(character): summary["normalized_score"] for character, summary in summaries.items()}
+        if scores:
+            scores = {"normalized_score": geometric_mean(list(scores.values())), **scores}
+            row.update({f"eval/{name}": score for name, score in scores.items()})
         row.update(self.timers.take())
         self.logger.log(row, self.step, self.transitions)
-        if "heldout/loss_per_action" in row:
-            RunLogger.line("HELDOUT_METRICS", {"step": self.step, **{name[8:]: value for name, value in row.items() if name.startswith("heldout/")}})
+        heldout = {name[len("heldout/"):]: value for name, value in row.items() if name.startswith("heldout/")}
+        if heldout:
+            RunLogger.line("HELDOUT_METRICS", {"step": self.step, **heldout})
         if scores:
-            single = len(scores) == 1
-            shown = {"normalized_score": next(iter(scores.values())) if single else row["eval/normalized_score"], **scores}
-            RunLogger.line("TEST_METRICS", shown)
+            say(score_table(summaries, self.config.eval_episodes))
+            RunLogger.line("TEST_METRICS", scores)
         if self.config.keep_checkpoints:
             self._save_weights(f"{self.step}.pt")
 
@@ -2359,47 +2405,61 @@ class Trainer:
         for name, array in arrays.items():
             write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", lambda file, array=array: np.save(file, array))
 
-    @staticmethod
-    def _print_summary(character: str, summary: Dict[str, float], games: int) -> None:
-        ends = ", ".join(f"{summary['end_' + end] * games:.0f} {text}" for end, text in
-                         (("died", "died"), ("no_progress", "stuck"), ("step_limit", "cut at the step limit")) if summary["end_" + end])  # fmt: skip
-        say(f"{character}: normalized score {summary['normalized_score']:.4f} (95 % interval {summary['normalized_score_low']:.4f} to "
-            f"{summary['normalized_score_high']:.4f}), mean score {summary['reward_mean']:.0f}, median {summary['reward_median']:.0f}, "
-            f"depth {summary['depth_mean']:.1f}, {summary['turns_mean']:.0f} turns, {games} games: {ends}")  # fmt: skip
-
     # --- the loop
     def run(self) -> None:
-        config = self.config
+        model = self.algorithm.model
         say(f"run: {self.folder}")
-        heads = sum(p.numel() for p in self.algorithm.model.parameters()) - sum(p.numel() for p in self.algorithm.model.backbone.parameters())
-        say(f"model: {sum(p.numel() for p in self.algorithm.model.parameters()):,} parameters, {heads:,} of them in the head; {self.device}, "
+        total, backbone = (sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.backbone))
+        say(f"model: {total:,} parameters, {total - backbone:,} of them in the head; {self.device}, "
             f"{str(self.precision or torch.float32)[6:]}; reward scale {self.reward_scale:.2f}")  # fmt: skip
-        say(f"games: {len(self.training_games)} for training, {len(self.heldout_games)} held out; {self.loader.plan.steps} updates a pass")
+        say(f"games: {len(self.training_games)} for training, {len(self.heldout_games)} held out; "
+            f"{self.loader.plan.steps} updates a pass")  # fmt: skip
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+        try:
+            self._loop()
+        except Stopped:
+            self.save()
+            say(f"stopped at step {self.step}; --resume true goes on from here")
+            raise
+        finally:
+            self.close()
+        described = read_json(self.folder / "config.json")
+        write_json(self.folder / "config.json", {**described, "finished_at_step": self.step})
+
+    def _ask_to_stop(self, number: int, _frame: Any) -> None:
+        self.stop_signal = number
+
+    def _check_stop(self) -> None:
+        if self.stop_signal is not None:
+            raise Stopped(self.stop_signal)
+
+    def _loop(self) -> None:
+        """Updates, and at their steps: logged rows, evaluations, checkpoints. An evaluation cut short is played again whole."""
+        config, last = self.config, self.config.update_steps
         stream = self.loader.stream(self.step)
-        bar = tqdm(total=config.update_steps, initial=self.step, desc="training", unit="update", disable=None, dynamic_ncols=True)
+        bar = tqdm(total=last, initial=self.step, desc="training", unit="update", disable=None, dynamic_ncols=True)
         since, begin = self.step, time.perf_counter()
         try:
-            while self.step < config.update_steps:
-                logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.update_steps
+            while True:
+                if self.step > self.evaluated_step and (self.step % config.eval_every == 0 or self.step == last):
+                    self.evaluate()
+                    self.evaluated_step = self.step
+                    since, begin = self.step, time.perf_counter()  # the clock of transitions/s stops while games are played
+                if self.step > 0 and (self.step % config.checkpoint_every == 0 or self.step == last):
+                    self.save()
+                if self.step >= last:
+                    return
+                self._check_stop()
+                logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == last
                 info = self.update(stream, timed=logged)
                 bar.update()
-                last = self.step == config.update_steps
                 if logged:
-                    rate = (self.step - since) * config.batch_size * config.seq_len / (time.perf_counter() - begin)
-                    self.log_training(info, rate)
-                if self.step % config.eval_every == 0 or last:
-                    self.evaluate()
-                if self.step % config.checkpoint_every == 0 or last:
-                    self.save()
-                if logged or self.step % config.eval_every == 0:
-                    self.timers.take()
+                    self.log_training(info, (self.step - since) * config.batch_size * config.seq_len / (time.perf_counter() - begin))
                     since, begin = self.step, time.perf_counter()
         finally:
             bar.close()
             stream.close()
-            self.close()
-        described = read_json(self.folder / "config.json")
-        write_json(self.folder / "config.json", {**described, "finished_at_step": self.step})
 
     def close(self) -> None:
         if self.pool is not None:
@@ -2420,6 +2480,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        return 128 + stopped.args[0]  # as the shell reports a process ended by this signal
+    except KeyboardInterrupt:  # before training had begun
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -276,7 +276,7 @@ def test_padding_and_masked_frames_carry_no_loss_and_no_gradient():
     batch["dones"][:, 3] = True  # the game ends; what follows is padding
 
     def gradients(batch):
-        algorithm.advantage_square = torch.ones(())
+        algorithm.advantage_square = torch.zeros(())
         algorithm.model.zero_grad()
         loss, _, _ = algorithm.train_step(batch, NO_PREVIOUS, {})
         loss.backward()
@@ -349,7 +349,7 @@ def test_policy_loss_is_the_weighted_cross_entropy():
         logits, values = model.head(core)
     targets = lambda_returns(batch["rewards"][:, :-1], batch["dones"][:, :-1].float(), values, 0.999, AWRConfig.lam)
     advantages = targets - values[:, :-1]
-    scale = math.sqrt((1 - AWRConfig.scale_rate) * 1.0 + AWRConfig.scale_rate * (advantages**2).mean().item())
+    scale = math.sqrt((advantages**2).mean().item())  # the first batch's own; later a running mean
     weights = torch.exp((advantages / (AWRConfig.beta * scale)).clamp(max=math.log(AWRConfig.max_weight)))
     weights = weights / weights.mean()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["actions"][:, :-1].flatten(), reduction="none").view(4, -1)
@@ -365,7 +365,7 @@ def test_held_out_chunks_leave_no_trace():
     before = {name: value.clone() for name, value in algorithm.model.state_dict().items()}
     with torch.no_grad():
         loss, _, info = algorithm.train_step(random_batch(returns=torch.randn(4, 7)), NO_PREVIOUS, {})
-    assert not loss.requires_grad and algorithm.advantage_square == 1.0
+    assert not loss.requires_grad and algorithm.advantage_square == 0.0
     assert all(torch.equal(value, before[name]) for name, value in algorithm.model.state_dict().items())
     assert {"moment_return", "moment_return_square", "moment_value_error", "moment_value_error_square"} <= set(info)
 
@@ -377,6 +377,18 @@ def test_info_is_floats_unless_tensors_are_asked_for():
     algorithm.info_as_tensors = True
     info = algorithm.train_step(random_batch(), NO_PREVIOUS, {})[2]
     assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values())
+
+
+def test_advantage_scale_is_a_running_mean_square():
+    algorithm = small_algorithm()
+    squares = []
+    for seed in range(3):
+        algorithm.train_step(random_batch(seed=seed), NO_PREVIOUS, {})
+        squares.append(float(algorithm.advantage_square))
+    assert squares[0] > 0 and 0 < abs(squares[1] - squares[0]) < 0.2 * squares[0]  # moves, slowly
+    restored = small_algorithm()
+    restored.load_state_dict(algorithm.state_dict())
+    assert float(restored.advantage_square) == squares[-1]
 
 
 @pytest.mark.parametrize("reward", [0.0, 10.0, -10.0])
