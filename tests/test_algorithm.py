@@ -313,15 +313,17 @@ def test_a_new_game_in_a_row_forgets_the_one_before():
 
 def test_one_batch_can_be_overfitted():
     algorithm = small_algorithm(head_dim=64)
-    batch = random_batch(rows=2, starts=[True] * 2)
+    batch = random_batch(rows=1, steps=4, starts=[True])
     batch["dones"][:, -2] = True  # otherwise the value of the frame after the chunk, which has no target, would run away
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-3)
-    for _ in range(400):
-        loss, _, info = algorithm.train_step(batch, NO_PREVIOUS[:2], {})
+    for _ in range(500):
+        loss, _, info = algorithm.train_step(batch, NO_PREVIOUS[:1], {})
+        if info["accuracy"] == 1.0 and info["loss_per_action"] < 0.2 and info["value_loss"] < 0.05:
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert info["accuracy"] == 1.0 and info["loss_per_action"] < 0.2 and info["value_loss"] < 0.05, info
+    pytest.fail(f"not overfitted: {info}")
 
 
 def test_both_streams_are_trained_each_by_its_own_loss():
