@@ -163,6 +163,7 @@ class TrainConfig:
     eval_workers: int = 0  # processes that run the game slots; 0: as many as there are cores
     eval_max_steps: int = 1_000_000  # a game is cut after so many actions (counted and reported)
     eval_clear_state: bool = True  # clear recurrent state and previous action at each new game (Katakomba's loop never does)
+    eval_precision: str = "fp32"  # matrix products when acting on a CPU: fp32, or bf16 (faster, other actions now and then)
     eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
     eval_seed: int = 50  # seed of the evaluation games and of sampled actions
 
@@ -182,6 +183,7 @@ CHOICES = {
     "data_mode": ("compressed", "memmap", "in_memory"),
     "lr_schedule": ("constant", "cosine"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "eval_precision": ("fp32", "bf16"),
 }
 
 
@@ -1355,7 +1357,8 @@ class ModelBackbone(nn.Module):
         self.action_embedding = nn.Embedding(action_dim + 1, 64)
         self.rnn = nn.LSTM(self.screen_encoder.output_dim + 128 + (64 if use_prev_action else 0), rnn_hidden_dim,
                            num_layers=rnn_layers, dropout=rnn_dropout, batch_first=True)  # fmt: skip
-        self._packed: Optional[Tuple[Tuple[int, ...], List[Tuple[torch.Tensor, torch.Tensor]]]] = None
+        self.acting_dtype = torch.float32  # of the matrix products of single steps on a CPU; bfloat16 is faster
+        self._packed: Optional[Tuple[Tuple[Any, ...], List[Tuple[torch.Tensor, torch.Tensor]]]] = None
 
     def encode(self, inputs: Dict[str, torch.Tensor]) -> torch.Tensor:
         """-> [B, T, features]: each frame on its own."""
@@ -1376,11 +1379,10 @@ class ModelBackbone(nn.Module):
 
     def _packed_weights(self) -> List[Tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's weights as one matrix [4H, inputs + H] and bias [4H], made anew when a parameter has changed."""
-        parameters = list(self.rnn.parameters())
-        version = tuple(value for parameter in parameters for value in (parameter._version, parameter.data_ptr()))
+        version = (self.acting_dtype, *((weight._version, weight.data_ptr()) for weight in self.rnn.parameters()))
         if self._packed is None or self._packed[0] != version:
-            layers = [self.rnn.all_weights[layer] for layer in range(self.rnn.num_layers)]
-            self._packed = (version, [(torch.cat([w_in, w_h], dim=1).detach(), (b_in + b_h).detach()) for w_in, w_h, b_in, b_h in layers])
+            layers = [[weight.detach().to(self.acting_dtype) for weight in weights] for weights in self.rnn.all_weights]
+            self._packed = (version, [(torch.cat([w_in, w_h], dim=1), b_in + b_h) for w_in, w_h, b_in, b_h in layers])
         return self._packed[1]
 
     def _step(self, features: torch.Tensor, state: Optional[RNNState]) -> Tuple[torch.Tensor, RNNState]:
@@ -1389,7 +1391,7 @@ class ModelBackbone(nn.Module):
         h, c = state if state is not None else (features.new_zeros(L, len(features), H),) * 2
         x, hs, cs = features, [], []
         for layer, (weight, bias) in enumerate(self._packed_weights()):
-            gates = F.linear(torch.cat([x, h[layer]], dim=1), weight, bias)
+            gates = F.linear(torch.cat([x, h[layer]], dim=1).to(weight.dtype), weight, bias).to(x.dtype)
             i, f, g, o = gates.chunk(4, dim=1)  # PyTorch's order of gates
             cs.append(torch.sigmoid(f) * c[layer] + torch.sigmoid(i) * torch.tanh(g))
             x = torch.sigmoid(o) * torch.tanh(cs[-1])
@@ -2210,6 +2212,7 @@ class Trainer:
         seed_everything(config.train_seed)
         self.algorithm = make_algorithm(config, self.device)
         self.algorithm.info_as_tensors = True
+        self.algorithm.model.backbone.acting_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.eval_precision]
         self.games = Games([open_or_build_store(config.data_path, config.store_path, name) for name in config.characters])
         heldout = self.games.heldout(config.heldout_share)
         self.training_games, self.heldout_games = np.flatnonzero(~heldout), np.flatnonzero(heldout)
