@@ -462,10 +462,9 @@ class RunLogger:
 # ======================================================================================================================
 # --- status lines: what the terminal's last two rows say, in the places of NLE's blstats
 STRENGTH = re.compile(rb" St:(\d+)(?:/(\d\d|\*\*))? Dx:(\d+) Co:(\d+) In:(\d+) Wi:(\d+) Ch:(\d+)\s+(Lawful|Neutral|Chaotic)?")
-VITALS = re.compile(
-    rb"^(?:Dlvl:(?P<depth>-?\d+)|Home (?P<home>\d+)|(?P<place>Fort Ludios|Earth|Air|Fire|Water|Astral Plane))\s+"
-    rb"\S:(?P<gold>\d+) HP:(?P<hp>-?\d+)\((?P<hpmax>\d+)\) Pw:(?P<pw>-?\d+)\((?P<pwmax>\d+)\) AC:(?P<ac>-?\d+)\s+"
-    rb"(?:Xp:(?P<level>\d+)(?:/(?P<points>\d+))?|HD:(?P<hd>\d+))(?: T:(?P<turn>\d+))?(?P<words>.*)$"
+VITALS = re.compile(  # depth | level of the quest | place; gold, HP, maximum, Pw, maximum, AC, level, points | HD, turn, words
+    rb"^(?:Dl(?:vl)?:(-?\d+)|Home (\d+)|(Fort Ludios|Earth|Air|Fire|Water|Astral Plane))\s+"
+    rb"\S:(\d+) HP:(-?\d+)\((\d+)\) Pw:(-?\d+)\((\d+)\) AC:(-?\d+)\s+(?:Xp:(\d+)(?:/(\d+))?|HD:(\d+))(?: T:(\d+))?(.*)$"
 )
 ALIGNMENT = {b"Lawful": 1, b"Neutral": 0, b"Chaotic": -1, None: 0}
 PLANES = {b"Earth": -1, b"Air": -2, b"Fire": -3, b"Water": -4, b"Astral Plane": -5}  # their depth in NetHack
@@ -499,51 +498,50 @@ def parse_lower_status(row: bytes) -> Dict[int, int]:
     found = VITALS.match(row)
     if not found:
         return {}
-    group = found.groupdict()
-    places = {10: "hp", 11: "hpmax", 13: "gold", 14: "pw", 15: "pwmax", 16: "ac", 17: "hd", 18: "level", 19: "points", 20: "turn"}
-    stats = {place: int(group[name] or 0) for place, name in places.items()}
-    stats[12] = int(group["depth"]) if group["depth"] else PLANES.get(group["place"] or b"", 0)
-    stats[24] = int(group["home"] or 0)
+    depth, home, place, *numbers, words = found.groups(b"0")
+    stats = dict(zip((13, 10, 11, 14, 15, 16, 18, 19, 17, 20), map(int, numbers)))
+    stats[12] = PLANES.get(place, int(depth))
+    stats[24] = int(home)
     stats[21] = 1  # not hungry, unless a word says otherwise
-    for word in group["words"].split():
+    for word in words.split():
         if word in STATUS_WORDS:
-            place, value = STATUS_WORDS[word]
-            stats[place] = stats.get(place, 0) | value if place == 25 else value
+            number, value = STATUS_WORDS[word]
+            stats[number] = stats.get(number, 0) | value if number == 25 else value
     return stats
 
 
 class StatusReader:
-    """Reads blstats off terminals. Rows repeat from frame to frame, so parsed rows are remembered."""
+    """Reads blstats off terminals. Rows repeat from frame to frame, so each different one is parsed once."""
 
-    MEMORY = 65_536  # rows; a game shows a few thousand
+    MEMORY = 16_384  # rows remembered of each kind
 
     def __init__(self) -> None:
-        self.upper: Dict[bytes, np.ndarray] = {}
-        self.lower: Dict[bytes, np.ndarray] = {}
+        self.known: List[Dict[bytes, int]] = [{}, {}]  # upper and lower rows -> their line in the tables
+        self.tables = [np.zeros((64, NUM_BLSTATS), dtype=np.int32) for _ in range(2)]
 
-    @classmethod
-    def _lookup(cls, memory: Dict[bytes, np.ndarray], row: bytes, parse: Callable[[bytes], Dict[int, int]]) -> np.ndarray:
-        known = memory.get(row)
-        if known is None:
-            if len(memory) >= cls.MEMORY:
-                memory.clear()
-            known = memory[row] = np.zeros(NUM_BLSTATS, dtype=np.int32)
-            for place, value in parse(row).items():
-                known[place] = max(-(2**31), min(value, 2**31 - 1))
-        return known
+    def _learn(self, kind: int, row: bytes) -> int:
+        known, table = self.known[kind], self.tables[kind]
+        place = known[row] = len(known)
+        if place == len(table):
+            self.tables[kind] = table = np.concatenate([table, np.zeros_like(table)])
+        table[place] = 0
+        for field_number, value in (parse_lower_status if kind else parse_upper_status)(row).items():
+            table[place, field_number] = max(-(2**31), min(value, 2**31 - 1))
+        return place
 
     def __call__(self, chars: np.ndarray) -> np.ndarray:
         """chars [n, 24, 80] uint8 -> [n, 27] int32, all zeros where a menu hides the status lines.
 
         Places as in NLE (blstats.h); what the screen does not show (position 0/1, score 9, dungeon 23) stays 0.
         """
-        rows = np.ascontiguousarray(chars[:, 22:24]).tobytes()
-        stats = np.empty((len(chars), NUM_BLSTATS), dtype=np.int32)
-        for index in range(len(chars)):
-            begin = index * 2 * COLS
-            upper = self._lookup(self.upper, rows[begin : begin + COLS], parse_upper_status)
-            lower = self._lookup(self.lower, rows[begin + COLS : begin + 2 * COLS], parse_lower_status)
-            np.add(upper, lower, out=stats[index])  # they fill different places
+        stats = np.zeros((len(chars), NUM_BLSTATS), dtype=np.int32)
+        for kind in (0, 1):
+            rows = np.ascontiguousarray(chars[:, 22 + kind]).view(f"V{COLS}").ravel().tolist()
+            known = self.known[kind]
+            if len(known) + len(rows) > self.MEMORY:
+                known.clear()
+            places = [known[row] if row in known else self._learn(kind, row) for row in rows]
+            stats += self.tables[kind][places]  # the two kinds fill different places
         return stats
 
 
