@@ -10,9 +10,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("WANDB_MODE", "disabled")  # no test may wait for a server; a test of logging sets its own mode
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 # Small matrices: more threads than cores that are free only wait for each other.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -20,7 +20,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
-import custom_nethack_pomdp as pomdp  # noqa: E402
+import custom_nethack_pomdp as pomdp
 
 CHARACTERS = ("mon-hum-neu", "val-hum-neu", "ran-hum-neu")
 RECORDED = ROOT / "tests" / "data" / "nle_data"

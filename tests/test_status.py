@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nle import nethack
 from nle.env.tasks import NetHackScore
 
 import custom_nethack_pomdp as pomdp
@@ -230,7 +229,7 @@ def test_wizard_conditions_one_by_one(wizard):
                   "blinded", "levitating")  # fmt: skip
     for condition in conditions:
         wizard.suffer(condition)
-    assert bin(wizard.live[CONDITION]).count("1") == len(conditions)
+    assert wizard.live[CONDITION].bit_count() == len(conditions)
     assert {"Stone", "Ston", "Sto", "Slime", "Slim", "Slm", "Strngl", "Stngl", "Str", "Stun", "St", "Cnf", "Cf", "Hl", "Df",
             "Bl", "Lv"} <= wizard.words  # fmt: skip
 
