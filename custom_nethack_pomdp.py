@@ -30,6 +30,7 @@ successor of frame T - 1. Only frames 0 .. T - 1 can carry loss.
 # ======================================================================================================================
 # FIXED: imports and constants
 # ======================================================================================================================
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -191,6 +192,9 @@ def validate_config(config: TrainConfig) -> None:
     """Raises UserError with one line that says what to change."""
     if config.rnn_hidden_dim != 2048 or config.rnn_layers != 2:
         raise UserError("rnn_hidden_dim = 2048 and rnn_layers = 2 are the benchmark's and cannot be changed")
+    for name, value in asdict(config).items():
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{name} holds a NUL character")
     if not config.characters:
         raise UserError("character is empty; give one or several, e.g. mon-hum-neu,val-hum-neu")
     for character in config.characters:
@@ -205,6 +209,9 @@ def validate_config(config: TrainConfig) -> None:
     for name in NON_NEGATIVE_FIELDS:
         if not getattr(config, name) >= 0:
             raise UserError(f"{name} must not be negative, but is {getattr(config, name)}")
+    for name in ("train_seed", "eval_seed"):
+        if getattr(config, name) >= 2**63:
+            raise UserError(f"{name} must be below 2^63, not {getattr(config, name)}")
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
@@ -233,12 +240,20 @@ class UniqueKeyLoader(yaml.SafeLoader):
 def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=UniqueKeyLoader)
-    except (yaml.YAMLError, TypeError) as error:  # TypeError: an unhashable key
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:  # PyYAML lets these through
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def config_types() -> Dict[str, Any]:
     return {item.name: item.type for item in dataclasses.fields(TrainConfig)}
+
+
+def exact_number(value: Any, kind: Any) -> Any:
+    """1e6 or '1e6' as an int or a float; ValueError for 2.7 as an int, for nan and for inf."""
+    number = float(value)
+    if not math.isfinite(number) or kind(number) != number:
+        raise ValueError(value)
+    return kind(number)
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
@@ -250,22 +265,25 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         kind = next(arg for arg in kind.__args__ if arg is not type(None))
     problem = UserError(f"{name}: {value!r} is not a valid {getattr(kind, '__name__', 'value')}")
     if kind is str:
-        if isinstance(value, (dict, list)) or value is None:
-            raise problem
-        return str(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise UserError(f"{name}: {value!r} is not text; put it in quotes")
+        return value
     if kind is bool:
         known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if str(value).lower() not in known:
             raise UserError(f"{name}: {value!r} is neither true nor false")
         return known[str(value).lower()]
     if kind in (int, float):
-        try:
-            number = float(value if not isinstance(value, bool) else "x")
-        except (TypeError, ValueError):
-            raise problem from None
-        if not math.isfinite(number) or (kind is int and number != int(number)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise problem
-        return kind(number) if kind is float or abs(number) >= 2**53 else int(number)
+        try:
+            if kind is int and re.fullmatch(r"\s*[+-]?\d+\s*", str(value)):
+                return int(value)  # exact beyond what a float holds
+            return exact_number(value, kind)
+        except (ValueError, OverflowError):
+            raise problem from None
     mapping = parse_yaml(value, name) if isinstance(value, str) else value
     if mapping is None:
         mapping = {}
@@ -283,7 +301,7 @@ def check_known(key: str, where: str) -> None:
 def read_config_file(path: str) -> Dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL
         raise UserError(f"cannot read the config file {path}: {getattr(error, 'strerror', None) or error}") from None
     values = parse_yaml(text, path)
     if not isinstance(values, dict):
@@ -315,18 +333,37 @@ def split_arguments(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, str]]
     return config_file, values
 
 
+def help_parser() -> argparse.ArgumentParser:
+    """--help: every field with the comment behind it, under the headings between them (pyrallis would show no groups)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("Axes:")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python custom_nethack_pomdp.py [--config FILE] [--name value ...]")  # fmt: skip
+    group = parser.add_argument_group("settings, also as 'name: value' lines of a file")
+    group.add_argument("--config", metavar="FILE", help="YAML file with settings; the command line beats it")
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+    for line in inspect.getsource(TrainConfig).splitlines():
+        heading, setting = re.match(r"    # --- (.*)", line), re.match(r"    (\w+): (.*?) = .*?  # (.*)", line)
+        if heading:
+            group = parser.add_argument_group(heading.group(1))
+        elif setting:
+            name, kind, meaning = setting.groups()
+            default = "{}" if name == "algorithm" else defaults[name]
+            group.add_argument(f"--{name}", metavar=kind, help=f"{meaning} (default: {default})".replace("%", "%%"))
+    return parser
+
+
 def parse_config(argv: Sequence[str]) -> TrainConfig:
     """Command line over config file over defaults; `algorithm` is merged key by key. Raises UserError."""
     if "-h" in argv or "--help" in argv:
-        pyrallis.parse(config_class=TrainConfig, args=["--help"])  # prints and exits with 0
+        help_parser().print_help()
+        sys.exit(0)
     config_file, arguments = split_arguments(argv)
-    from_file = read_config_file(config_file) if config_file else {}
+    from_file = read_config_file(config_file) if config_file is not None else {}
     values = {}
     for name, kind in config_types().items():
         layers = [coerce(name, layer[name], kind) for layer in (from_file, arguments) if name in layer]
         if layers:
             values[name] = {**layers[0], **layers[-1]} if name == "algorithm" else layers[-1]
-    return TrainConfig(**values)
+    return pyrallis.decode(TrainConfig, values)
 
 
 # ======================================================================================================================
@@ -1427,6 +1464,7 @@ class AWRConfig:
     temperature: float = 1.0  # softmax temperature of the actions drawn when acting
 
 
+MAY_BE_ZERO, AT_MOST_ONE = ("burn_in", "lam", "value_coef"), ("lam", "scale_rate")
 NOT_OBSERVATIONS = ("actions", "rewards", "dones", "mask", "starts", "returns", "prev_actions")
 
 
@@ -1658,8 +1696,11 @@ def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
     for name, value in overrides.items():
         if name not in kinds:
             raise ValueError(f"algorithm: unknown setting {name!r}; there are {', '.join(kinds)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kinds[name](value) or value < 0:
-            raise ValueError(f"algorithm: {name} must be a {kinds[name].__name__} of at least 0, not {value!r}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+        if not number or value != kinds[name](value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+            raise ValueError(f"algorithm: {name} must be a {kinds[name].__name__} above 0{' or 0' * (name in MAY_BE_ZERO)}, not {value!r}")
+        if value > 1 and name in AT_MOST_ONE:
+            raise ValueError(f"algorithm: {name} must be at most 1, not {value!r}")
         values[name] = kinds[name](value)
     return replace(AWRConfig(), **values)
 
@@ -2479,7 +2520,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         train(parse_config(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.args[0]  # as the shell reports a process ended by this signal

@@ -433,7 +433,7 @@ def test_head_passes_the_stricter_budget():
 
 def test_algorithm_settings_are_checked():
     for wrong, message in (({"bur_in": 1}, "unknown setting 'bur_in'"), ({"burn_in": 1.5}, "burn_in must be a int"), ({"lam": "x"}, "lam"),
-                           ({"beta": True}, "beta"), ({"beta": -1.0}, "at least 0")):  # fmt: skip
+                           ({"beta": True}, "beta"), ({"beta": -1.0}, "beta must be a float above 0"), ({"lam": 1.5}, "at most 1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             pomdp.awr_config(wrong)
     assert pomdp.awr_config({"burn_in": 8, "lam": 1}) == AWRConfig(burn_in=8, lam=1.0)
