@@ -714,7 +714,7 @@ def frames_of_play(pieces: Iterator[Frames]) -> Iterator[Frames]:
 # --- encoding
 BLOCK = 64  # frames compressed together: 64 is where decoding a block for one chunk and size balance (see README)
 ZSTD_LEVEL = 3  # measured on AutoAscend's games: 51 bytes a frame, and as fast to write as level 1
-BLOCK_HEADER = np.dtype([("crc", "<u4"), ("previous", "u1"), ("frames", "u1"), ("unused", "<u2")])
+BLOCK_HEADER = np.dtype([("crc", "<u4"), ("previous", "u1"), ("frames", "u1"), ("unused", "<u2")])  # crc: of all that follows it
 
 
 class EncodedGame(NamedTuple):
@@ -740,8 +740,8 @@ class GameEncoder:
     def block(self, frames: Frames, blstats: np.ndarray, previous: int) -> bytes:
         planes = (frames.chars, frames.colors, np.ascontiguousarray(blstats.T), frames.cursor, frames.actions)
         body = self.compressor.compress(b"".join(plane.tobytes() for plane in planes))
-        header = np.array([(zlib.crc32(body), previous, len(frames.chars), 0)], dtype=BLOCK_HEADER)
-        return header.tobytes() + body
+        sealed = bytes([previous, len(frames.chars), 0, 0]) + body
+        return zlib.crc32(sealed).to_bytes(4, "little") + sealed
 
     def encode(self, name: str, pieces: Iterator[Frames]) -> EncodedGame:
         blocks, actions, scores, max_depth, turns = [], [], [], 0, 0
@@ -872,7 +872,7 @@ def find_games(data_path: Optional[str], character: str) -> FoundGames:
 
 
 # --- the chunk store: index.npz, frames.bin and meta.json in one folder
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 
 
 def store_fingerprint(games: List[GameSource]) -> str:
@@ -1072,9 +1072,9 @@ class ChunkStore:
         place = int(self.first_blocks[game]) + number
         begin, end = int(self.block_offsets[place]), int(self.block_offsets[place + 1])
         stored = os.pread(self.file.fileno(), end - begin, begin)
-        header = np.frombuffer(stored[: BLOCK_HEADER.itemsize], dtype=BLOCK_HEADER)[0]
+        header = np.frombuffer(stored[: BLOCK_HEADER.itemsize].ljust(BLOCK_HEADER.itemsize), dtype=BLOCK_HEADER)[0]
         n, size = int(header["frames"]), 2 * CELLS + 4 * NUM_BLSTATS + 3
-        if zlib.crc32(stored[BLOCK_HEADER.itemsize :]) != header["crc"]:
+        if zlib.crc32(stored[4:]) != header["crc"]:
             raise UserError(f"the chunk store {self.folder} is damaged (block {place}); delete the folder and start again")
         raw = self.local.decompressor.decompress(stored[BLOCK_HEADER.itemsize :], max_output_size=n * size)
         edges = np.cumsum([0, n * CELLS, n * CELLS, 4 * n * NUM_BLSTATS, 2 * n, n])
@@ -1099,9 +1099,9 @@ class Games:
         chosen, start = shares < share, 0
         for store in self.stores:
             part = slice(start, start + len(store))
-            if share > 0 and len(store) > 1:
+            if share > 0:
                 chosen[part][np.argmin(shares[part])] = True
-                chosen[part][np.argmax(shares[part])] = False
+                chosen[part][np.argmax(shares[part])] = False  # at least one to train on; the only one, if there is one
             start += len(store)
         return chosen
 
