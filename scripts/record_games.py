@@ -24,14 +24,14 @@ where obs holds what the terminal shows: `tty_chars` uint8 [24, 80], `tty_colors
 `tty_cursor` uint8 [2] (row, column). `scripts/scripted_player.py` is an example, and the default; its scores are stated there.
 """
 import argparse
+import difflib
 import importlib
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import time
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -43,36 +43,10 @@ for folder in (HERE, os.path.dirname(HERE)):
 
 from nle import nethack  # noqa: E402
 
-CUT_KEYS = (nethack.Command.ESC, nethack.Command.ESC, nethack.Command.QUIT, ord("y"))
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, NetHackGame, UserError  # noqa: E402
 
-
-class UserError(Exception):
-    """Something that the user can put right: shown as one line, exit status 2."""
-
-
-# ---- stand-in
-from nle.env.tasks import NetHackScore  # noqa: E402
-class NetHackGame:
-    def __init__(self, character, savedir=None):
-        self.env = NetHackScore(character=character, savedir=savedir, save_ttyrec_every=1 if savedir else 0,
-            actions=nethack.ACTIONS, allow_all_modes=True, allow_all_yn_questions=True, penalty_step=0, penalty_time=0,
-            max_episode_steps=1_000_000, observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"), fix_moon_phase=True)
-    def _copy(self, obs):
-        if obs["blstats"].any():
-            self.last_blstats = obs["blstats"].copy()
-        return {k: obs[k].copy() for k in ("tty_chars", "tty_colors", "tty_cursor")}
-    def reset(self, core, disp):
-        self.env.unwrapped.seed(core=core, disp=disp, reseed=False)
-        return self._copy(self.env.reset()[0])
-    def step(self, action):
-        obs, reward, done, _, info = self.env.step(action)
-        return self._copy(obs), reward, done, info
-    def close(self):
-        self.env.close()
-def check_character(name):
-    if not re.fullmatch(r"[a-z]{3}-[a-z]{3}-[a-z]{3}(-[a-z]{3})?", name):
-        raise UserError("bad character " + name)
-# ---- end of stand-in
+KEYS = [int(action) for action in nethack.ACTIONS]
+QUIT = [KEYS.index(key) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]  # ESC, ESC, #quit, y
 
 
 class Task(NamedTuple):
@@ -88,65 +62,76 @@ class Task(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "%s-%d-%d" % (self.character, self.seed, self.k)
+        return f"{self.character}-{self.seed}-{self.k}"
 
 
 def load_player(spec: str):
     """The function that `module:function` names."""
     module, _, function = spec.partition(":")
     if not module or not function:
-        raise UserError("--player wants module:function, not %r" % spec)
+        raise UserError(f"--player wants module:function, not {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError("cannot load the player %s: %s" % (spec, error))
+        raise UserError(f"cannot load the player {spec}: {error}")
     if not callable(found):
-        raise UserError("the player %s is not callable" % spec)
+        raise UserError(f"the player {spec} is not callable")
     return found
 
 
-def play(task: Task) -> Dict[str, Any]:
-    """Plays and records one game; its folder appears under its name once it is complete.
+def game_seeds(seed: int, k: int) -> Tuple[int, int, int]:
+    """Seeds of game k: NetHack's own two, and the player's, whose chance stays apart from the game's."""
+    core, disp, chance = np.random.SeedSequence([seed, k]).generate_state(3)  # words of 32 bits, which both NLE versions take
+    return int(core), int(disp), int(chance)
 
-    Returns a dict: name, frames (actions sent), score (in-game, summed rewards), turns, depth (deepest level seen), cut (bool)
-    and kept (bool).
+
+def play(task: Task) -> Dict[str, Any]:
+    """Plays and records one game; its folder appears under its name once the game is over.
+
+    Returns a dict: name, frames (keys pressed), score (in the game, summed rewards), turns, depth (the deepest level), cut
+    (whether --max_steps or 1,000 keys without a turn ended it) and kept (whether it is in the output folder).
     """
-    # Words of 32 bits are taken by both NLE versions; a stream of its own keeps the player's chance apart from the game's.
-    core, disp, chance = (int(s) for s in np.random.SeedSequence([task.seed, task.k]).generate_state(3))
+    core, disp, chance = game_seeds(task.seed, task.k)
     player = load_player(task.player)(np.random.default_rng(chance))
-    # NLE names its files once, at the start, after folder and process; a name with a dot in front is passed over by readers.
-    part = os.path.join(task.out, ".%s.part" % task.name)
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-    keys = [int(a) for a in nethack.ACTIONS]
+    # NLE names its files when it starts. Readers pass over folders with a dot in front, so half a game is never read.
+    part = os.path.join(task.out, f".{task.name}.{os.getpid()}.part")
+    score, depth, frames, info = 0.0, 1, 0, {}
     try:
         game = NetHackGame(task.character, savedir=part)
+
+        def press(action: int) -> bool:
+            nonlocal score, depth, frames, obs, info
+            obs, reward, done, info = game.step(action)
+            score, frames = score + reward, frames + 1
+            depth = max(depth, int(game.last_blstats[nethack.NLE_BL_DEPTH]))
+            return done
+
         try:
             obs = game.reset(core, disp)
-            score, depth, frames, done = 0.0, 1, 0, False
+            done = False
             while not done and frames < task.max_steps:
-                action = player.act(obs)
-                if not 0 <= int(action) < len(keys):
-                    raise UserError("the player answered %r in game %s: actions are 0 to %d" % (action, task.name, len(keys) - 1))
-                obs, reward, done, _ = game.step(int(action))
-                score += reward
-                frames += 1
-                depth = max(depth, int(game.last_blstats[nethack.NLE_BL_DEPTH]))
-            cut = not done
-            for key in CUT_KEYS if cut else ():
-                if not done:
-                    obs, reward, done, _ = game.step(keys.index(int(key)))
-                    score += reward
-                    frames += 1
+                try:
+                    action = int(player.act(obs))
+                except Exception as error:
+                    raise RuntimeError(f"the player failed in game {task.name}, at key {frames}") from error
+                if not 0 <= action < len(KEYS):
+                    raise UserError(f"the player answered {action} in game {task.name}: actions are 0 to {len(KEYS) - 1}")
+                done = press(action)
+            cut = info.get("end") != "died"
+            for action in 3 * QUIT if cut else ():
+                if info.get("end") != "died":
+                    press(action)
             turns = int(game.last_blstats[nethack.NLE_BL_TIME])
         finally:
             game.close()
-        # NLE writes the line when the game is over; without it no reader would take the game.
-        log = [name for name in os.listdir(part) if name.endswith(".xlogfile")]
-        whole = bool(log) and os.path.getsize(os.path.join(part, log[0])) > 0
-        kept = whole and not (cut and task.leave_out_cut)
+        # NLE writes its line when a game is over; a game without one would never be read.
+        logs = [os.path.join(part, name) for name in os.listdir(part) if name.endswith(".xlogfile")]
+        kept = any(os.path.getsize(log) > 0 for log in logs) and not (cut and task.leave_out_cut)
         if kept:
+            for log in logs:
+                os.chmod(log, 0o644)  # NLE makes it executable
             os.rename(part, os.path.join(task.out, task.name))
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -160,7 +145,7 @@ def record(tasks: List[Task], workers: int) -> List[Dict[str, Any]]:
 
         def add(row: Dict[str, Any]) -> None:
             rows.append(row)
-            bar.set_postfix(score="%.0f" % np.mean([r["score"] for r in rows]))
+            bar.set_postfix(score=f"{np.mean([row['score'] for row in rows]):.0f}")
             bar.update()
 
         if workers == 1:
@@ -185,19 +170,20 @@ def summary(rows: List[Dict[str, Any]]) -> str:
     """What was recorded, in a few lines."""
     kept = [row for row in rows if row["kept"]]
     cut = [row for row in rows if row["cut"]]
-    unfinished = [row["name"] for row in rows if not row["kept"] and not row["cut"]]
-    lines = ["%d games recorded, %s frames" % (len(kept), format(sum(r["frames"] for r in kept), ","))]
-    for key, word in (("score", "score"), ("turns", "turns"), ("depth", "deepest level"), ("frames", "frames")):
+    lines = [f"{len(kept)} games recorded, {sum(row['frames'] for row in kept):,} frames"]
+    for key, what in (("score", "score"), ("turns", "turns"), ("depth", "deepest level"), ("frames", "frames")):
         values = np.array([row[key] for row in kept], dtype=float)
         if len(values):
             low, high = bootstrap(values)
-            lines.append("  %-14s mean %9.1f (95 %% interval %.1f to %.1f)   median %9.1f   max %9.1f"
-                         % (word, values.mean(), low, high, np.median(values), values.max()))
+            lines.append(f"  {what:14s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})   "
+                         f"median {np.median(values):9.1f}   max {values.max():9.1f}")  # fmt: skip
     if cut:
-        lines.append("  %d games reached --max_steps: %d quit there and recorded, %d left out"
-                     % (len(cut), sum(r["kept"] for r in cut), sum(not r["kept"] for r in cut)))
-    if unfinished:
-        lines.append("  %d games left out, NLE wrote no xlogfile line for them: %s" % (len(unfinished), " ".join(unfinished)))
+        quit_there = sum(row["kept"] for row in cut)
+        lines.append(f"  {len(cut)} games cut short (--max_steps, or 1,000 keys without a turn): "
+                     f"{quit_there} quit there and recorded, {len(cut) - quit_there} left out")  # fmt: skip
+    lost = [row["name"] for row in rows if not row["kept"] and not row["cut"]]
+    if lost:
+        lines.append(f"  {len(lost)} games left out, for which NLE wrote no xlogfile line: {' '.join(lost)}")
     return "\n".join(lines)
 
 
@@ -220,26 +206,31 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         for name, least in (("games", 1), ("workers", 1), ("max_steps", 1), ("seed", 0), ("first", 0)):
             if getattr(args, name) < least:
-                raise UserError("--%s must be at least %d, not %d" % (name, least, getattr(args, name)))
-        check_character(args.character)
+                raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+        if args.character not in AUTOASCEND_MEAN_SCORE:
+            close = difflib.get_close_matches(args.character, AUTOASCEND_MEAN_SCORE, n=3)
+            raise UserError(f"unknown character {args.character!r}; did you mean {', '.join(close) or 'mon-hum-neu'}?")
         load_player(args.player)
         tasks = [Task(args.character, args.seed, k, os.path.abspath(args.out), args.player, args.max_steps, args.leave_out_cut)
-                 for k in range(args.first, args.first + args.games)]
+                 for k in range(args.first, args.first + args.games)]  # fmt: skip
         there = [task.name for task in tasks if os.path.exists(os.path.join(task.out, task.name))]
         if there:
-            raise UserError("%s already holds %s (%d of these games): choose another --seed, --first or --out"
-                            % (args.out, there[0], len(there)))
+            raise UserError(f"{args.out} already holds {len(there)} of these games ({there[0]} ...): "
+                            "choose another --seed, --first or --out")  # fmt: skip
         try:
             os.makedirs(args.out, exist_ok=True)
         except OSError as error:
-            raise UserError("cannot write to %s: %s" % (args.out, error))
+            raise UserError(f"cannot write to {args.out}: {error.strerror}")
         start = time.time()
         rows = record(tasks, min(args.workers, args.games))
     except UserError as error:
-        print("record_games: error: %s" % error, file=sys.stderr)
+        print(f"record_games: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"record_games: interrupted; the games that were over are in {args.out}", file=sys.stderr)
+        return 130
     print(summary(rows))
-    print("  in %s, %.0f s" % (args.out, time.time() - start))
+    print(f"  in {args.out}, {time.time() - start:.0f} s")
     return 0
 
 

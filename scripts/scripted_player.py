@@ -1,213 +1,191 @@
-"""A small scripted player of NetHack that sees only the terminal: tty_chars, tty_colors and tty_cursor.
+"""A small scripted player of NetHack, which sees what the agent sees of the game: tty_chars, tty_colors and tty_cursor.
 
-One rule follows another, the most urgent first: answer what the game asks, stay alive, fight, eat, rest, explore, go down.
+It answers what the game asks, prays when nearly dead or starving, fights what is beside it (a Ranger shoots), eats, rests,
+explores, searches for hidden ways, and goes down when it is strong enough or has waited long enough.
 """
+
 import re
 from collections import deque
 
 import numpy as np
-
 from nle import nethack
 
-# The first index of each key: a few keys have two.
-KEYS = {}
-for index, action in enumerate(nethack.ACTIONS):
-    KEYS.setdefault(chr(action.value), index)
+KEYS = {}  # key -> action; the first of two for the few keys that have two
+for _index, _action in enumerate(nethack.ACTIONS):
+    KEYS.setdefault(chr(_action.value), _index)
 ESC, RETURN, KICK, PRAY = "\x1b", "\r", "\x04", chr(nethack.Command.PRAY.value)
 
-# The screen is one string of 24 * 80 cells, so a step in a direction is an offset.
+# The screen is one string of 24 * 80 cells; a step in a direction is an offset. The map is between TOP and BOTTOM.
 STEPS = {"k": -80, "l": 1, "j": 80, "h": -1, "u": -79, "n": 81, "b": 79, "y": -81}
-TOP, BOTTOM = 80, 22 * 80  # the map's rows
+STRAIGHT = (-80, 1, 80, -1)
+CELLS, TOP, BOTTOM = 24 * 80, 80, 22 * 80
 
 # What a cell is, by character and colour.
 WALL, FLOOR, DOOR, TRAP, BOULDER, MONSTER = range(6)
 KIND = np.full((256, 32), WALL, np.uint8)
-KIND[[ord(c) for c in ".<>_{$)[=\"(%!?/*\\+#"]] = FLOOR
-KIND[[ord(c) for c in "|-+"], 3] = DOOR  # brown: doors; otherwise walls and spellbooks
-KIND[ord("#"), [2, 6]] = WALL  # trees and iron bars
-KIND[ord("^")] = TRAP
-KIND[ord("`")] = BOULDER
-KIND[[ord(c) for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ@&':;~"]] = MONSTER
-KIND[ord("#"), 1:2] = FLOOR
+KIND[[ord(c) for c in '.<>_{$)[="(%!?/*\\+#']] = FLOOR
+KIND[[ord(c) for c in "|-+"], 3] = DOOR  # brown ones are doors, others walls and spellbooks
+KIND[ord("#"), [2, 6]] = WALL  # trees, iron bars
+KIND[ord("^")], KIND[ord("`")] = TRAP, BOULDER
+KIND[[ord(c) for c in "@&':;~"] + [c for c in range(128) if chr(c).isalpha()]] = MONSTER
 
-# What strikes back when hit but does not come after anyone: floating eyes, jellies, molds. Lichens (bright green F) are fair game.
-PASSIVE = {("e", 4)} | {(c, k) for c in "jF" for k in range(32)} - {("F", 10)}
-# Corpses that are safe to eat when fresh.
-EDIBLE = set("""newt jackal,sewer rat,giant rat,gecko,gnome,gnome lord,gnomish wizard,dwarf,hobbit,hill orc,Mordor orc,Uruk-hai,
-goblin,giant ant,fire ant,iguana,baby crocodile,lichen,cave spider,rothe,hyena,coyote,fox,wolf,winter wolf cub,woodchuck,pony,
-horse,bugbear,dingo,jaguar,lynx,panther,floating eye,newt,jackal,hill giant,rock piercer,dwarf lord,snow orc""".replace("\n", "").split(",")) | {"newt", "jackal"}
-
+# Eyes, gas spores, jellies and molds hurt those who hit them and come after nobody. Not so lichens (bright green) and
+# shriekers (magenta), whose noise draws worse. The deadly are not to be touched even when they stand in the only way.
+PASSIVE = {(c, color) for c in "ejF" for color in range(32)} - {("F", 10), ("F", 5)}
+EYE = ("e", 4)
+DEADLY = {EYE, ("e", 7), ("j", 4), ("F", 3)}
+# Corpses that do no harm when fresh.
+EDIBLE = re.compile(
+    "newt|jackal|(sewer|giant) rat|gecko|iguana|baby crocodile|gnome( lord)?|gnomish wizard|dwarf( lord)?|hobbit|goblin|"
+    "(hill|Mordor|snow) orc|Uruk-hai|bugbear|(giant|fire) ant|rock piercer|cave spider|lichen|floating eye|rothe|coyote|fox|"
+    "hyena|dingo|wolf|winter wolf cub|woodchuck|pony|horse|jaguar|lynx|panther"
+)
 
 class ScriptedPlayer:
-    """Plays one game. `rng` is a numpy.random.Generator."""
+    """Plays one game. `rng`, a numpy.random.Generator, is its only source of chance."""
 
     def __init__(self, rng):
         self.rng = rng
-        self.queue = []  # keys to press next
+        self.queue = []  # keys to press next, whatever is on the screen
         self.heard = ""  # messages since the last decision
-        self.idle = 0  # actions since the turn counter moved
-        self.turn = self.seen_turn = 0
-        self.prayed = -800
-        self.level = None
-        self.friends = {("d", 15), ("f", 15)}  # dogs and cats in white: most likely our own
-        self.peaceful = {}  # (character, colour) -> turn in which the game asked "Really attack?"
-        self.archer = None
-        self.fresh = None  # (cell, turn, kind) of what we killed last
-        self.want_corpse = False
-        self.hungry_food = True
-        self.pickup = True
-        self.target = None  # cell that the last key was meant for
-        self.last = None  # (cell, key, turn) of the last step
-        self.scared = None
-
-    # -- seeing
+        self.level, self.place, self.states, self.hungry = None, "", "", None
+        self.hp = self.max_hp = self.xl = self.turn = self.idle = 0
+        self.prayed = -890  # turn; the first prayer is safe from about turn 100 on
+        self.friends = {("d", 15), ("f", 15)}  # looks of pets: at first, dogs and cats in white
+        self.peaceful = {}  # look -> turn in which the game asked "Really attack?"
+        self.archer, self.bow = None, False  # whether we have arrows for a bow; whether it is in hand
+        self.kill = None  # (cell, turn, kind) of what we killed last
+        self.eating, self.meals = False, 0  # whether it is to be eaten now; how often we began
+        self.own_food = self.pickup = True
+        self.goal = self.step_taken = None  # what the last key was meant for: a cell; (from, offset, look of the cell)
 
     def act(self, obs):
-        """Index of the next key in nethack.ACTIONS; obs as scripts/record_games.py says."""
+        """Index into nethack.ACTIONS of the next key. obs: tty_chars uint8 [24, 80], tty_colors int8 [24, 80], tty_cursor [2]."""
         chars, colors = obs["tty_chars"], obs["tty_colors"] & 31
-        self.text = chars.tobytes().decode("latin-1")
-        self.colors = colors.tobytes()
+        self.text, self.colors = chars.tobytes().decode("latin-1"), colors.tobytes()
         self.kind = KIND[chars, colors].reshape(-1)
-        row, col = (int(x) for x in obs["tty_cursor"])
-        self.here = row * 80 + col
-        status = re.search(r"(.*?) +[$*]:.*HP:(-?\d+)\((\d+)\).*(?:Xp|HD):(\d+).* T:(\d+)(.*)", self.text[23 * 80:])
+        row, column = (int(x) for x in obs["tty_cursor"])
+        self.here = row * 80 + column
+        status = re.search(r"(.*?) +[$*]:.*HP:(-?\d+)\((\d+)\).*(?:Xp|HD):(\d+).* T:(\d+)(.*)", self.text[23 * 80 :])
         if status:
             self.place, self.states = status.group(1), status.group(6)
-            self.hp, self.max_hp, self.xl, self.turn = (int(status.group(i)) for i in (2, 3, 4, 5))
-        self.idle = 0 if self.turn != self.seen_turn else self.idle + 1
-        self.seen_turn = self.turn
-        key = self.choose(row)
-        return KEYS.get(key, KEYS[ESC])
+            self.hungry = re.search("Hungry|Weak|Faint", self.states)
+            self.hp, self.max_hp, self.xl, turn = (int(status.group(i)) for i in (2, 3, 4, 5))
+            self.idle, self.turn = (self.idle + 1 if turn == self.turn else 0), turn
+        return KEYS.get(self.choose(row), KEYS[ESC])
 
     def choose(self, row):
         if self.idle > 60:  # whatever it is that keeps us, this gets out of it
-            self.queue, self.heard = [], ""
-            return (ESC, "s", ESC, self.rng.choice(list(STEPS)))[self.idle % 4]
-        more = self.text.find("--More--")
-        if more >= 0:
-            self.heard += " " + " ".join(self.text[:more].split())
             self.queue = []
+            return (ESC, "s", ESC, self.rng.choice(list(STEPS)))[self.idle % 4]
+        if "--More--" in self.text:
+            self.heard, self.queue = self.heard + " ".join(self.text.split("--More--")[0].split()) + " ", []
             return RETURN
+        if self.queue:
+            return self.queue.pop(0)
         if row == 0:
             return self.answer(self.text[:80])
-        if "(end)" in self.text or re.search(r"\(\d+ of \d+\)", self.text):
+        if re.search(r"\((end|\d+ of \d+)\)", self.text):
             return ESC
-        if self.queue:
-            return self.queue.pop(0)
-        self.heard += " " + self.text[:80]
-        key = self.decide()
-        self.heard = ""
-        return key
+        self.heard += self.text[:80]
+        return self.decide()
 
     def answer(self, question):
-        """The answer to a question in the top line."""
-        if "Really attack" in question:
-            if self.target is not None:
-                self.peaceful[self.look(self.target)] = self.turn
-            return ESC
-        if "eat it?" in question:
-            wanted = self.want_corpse and self.fresh and "%s corpse" % self.fresh[2] in question
-            self.want_corpse = False
-            return "y" if wanted else "n"
-        choice = re.search(r"\[\W*(\w)[^\]]*or \?\*\]", question)
-        if "want to eat?" in question:
-            return choice.group(1) if choice and not self.fresh else ESC
-        if "want to fire?" in question:
-            letters = re.search(r"\[(.*?) or", question)
-            for letter in "cdefg":
-                if letters and letter in letters.group(1):
-                    return letter
-            self.archer = False
-            return ESC
-        if "Are you sure you want to pray" in question:
-            return "y"
-        if self.queue:
-            return self.queue.pop(0)
-        return ESC
+        letters = re.search(r"\[[^\w]*(\w[^\]]*) or \?\*\]", question)
+        if "Really attack" in question and self.goal is not None:
+            self.peaceful[self.look(self.goal)] = self.turn
+        elif "here; eat" in question:
+            fresh = self.eating and self.kill and f"{self.kill[2]} corpse" in question
+            snack = self.hungry and not re.search("corpse|egg|tin|glob", question)
+            return "y" if fresh or snack else "n"
+        elif "want to eat?" in question:
+            return letters.group(1)[0] if letters and not self.eating else ESC
+        elif re.search("want to (fire|throw)", question):
+            arrows = re.search("[c-g]", letters.group(1) if letters else "")
+            self.archer = bool(arrows)
+            return arrows.group() if arrows else ESC
+        return "y" if "sure you want to pray" in question else ESC
 
     def look(self, cell):
         return self.text[cell], self.colors[cell]
 
-    # -- deciding
-
     def decide(self):
         if self.place != self.level:
-            self.enter()
+            self.level, self.arrival, self.kicks, self.no_kicks = self.place, self.turn, 0, False
+            self.known, self.searched = np.zeros(CELLS, bool), np.zeros(CELLS)  # cells we stood beside; searches made there
+            self.stairs, self.locked, self.statues, self.food, self.tasted = set(), set(), set(), set(), set()
+            self.failed = {}  # (cell, offset) -> how often that step got nowhere
         self.learn()
-        self.stairs.update(i for i in range(TOP, BOTTOM) if self.text[i] == ">")
-        self.known[[self.here + d for d in STEPS.values()]] = True
-        self.known[self.here] = True
-        if self.archer is None:
-            self.archer = "Tenderfoot" in self.text[22 * 80:]
-            if self.archer:
-                return "x"  # the bow in hand
-        if self.text[self.here - 81:self.here - 78] == "/-\\":
-            return self.step(self.rng.choice(list(STEPS)))  # engulfed: hit out
-        for rule in (self.survive, self.fight, self.eat, self.rest, self.explore):
-            key = rule()
-            if key:
-                return key
-        return "s"
-
-    def enter(self):
-        """A new level: nothing is known of it."""
-        self.level = self.place
-        self.known = np.zeros(24 * 80, bool)  # cells next to which we have stood
-        self.blocked = {}  # (cell, offset) -> how often the step failed
-        self.locked, self.statues, self.stairs = set(), set(), set()
-        self.searched = np.zeros(24 * 80)
-        self.arrival = self.turn
-        self.last = self.target = None
-        self.kicks = 0
+        rules = (self.setup, self.survive, self.fight, self.eat, self.rest, self.explore)
+        key = next(filter(None, (rule() for rule in rules)), "s")  # of the first that has one
+        self.heard = ""
+        return key
 
     def learn(self):
-        """Draws conclusions from the messages and from whether the last step got anywhere."""
-        heard, cell = self.heard, self.target
-        self.target = None
-        if "swap places" in heard and self.last_look:
-            self.friends.add(self.last_look)
-        kill = re.search(r"You kill (?:the |an? )?(?:poor )?(?:invisible )?([A-Za-z -]+?)!", heard)
+        """Draws conclusions from the screen, from the messages and from whether the last step got anywhere."""
+        self.known[[self.here, *(self.here + offset for offset in STEPS.values())]] = True
+        self.stairs |= self.cells(">")
+        self.food |= self.cells("%") - self.tasted
+        self.tasted |= self.food
+        heard, cell, step = self.heard, self.goal, self.step_taken
+        self.goal = self.step_taken = None
+        self.no_kicks |= bool(re.search("Closed for inventory|Halt|vandal|[Ww]atch", heard))
+        self.own_food &= "don't have anything to eat" not in heard
+        if step and "swap places" in heard:
+            self.friends.add(step[2])
+        for beast in re.findall(r"The (kitten|housecat|little dog|dog) (?:bites|misses)", heard):
+            self.friends.discard(("f" if beast in ("kitten", "housecat") else "d", 15))
+        kill = re.search(r"You kill (?:the |poor |invisible )*([A-Za-z -]+?)!", heard)
         if kill and cell is not None:
-            self.fresh = (cell, self.turn, kill.group(1))
-        if "no ammunition" in heard or "You have nothing" in heard:
-            self.archer = False
-        if "don't have anything to eat" in heard:
-            self.hungry_food = False
-        if self.last is None or cell is None:
-            return
-        start, offset, turn = self.last
-        self.last = None
-        if self.here != start:
-            return
-        if "door is locked" in heard:
-            self.locked.add(cell)
-        elif "Perhaps that's why" in heard or "statue" in heard:
-            self.blocked[start, offset] = 9
-            self.statues.add(cell)
-        elif "WHAMM" in heard or "kick" in heard:
-            pass
-        elif not kill:
-            count = 2 if self.turn == turn or "in vain" in heard or "diagonal" in heard else 0.34
-            self.blocked[start, offset] = self.blocked.get((start, offset), 0) + count
+            self.kill, self.meals = (cell, self.turn, kill.group(1)), 0
+        elif step and self.here == step[0] and not kill:
+            if "door is locked" in heard:
+                self.locked.add(cell)
+            elif "Perhaps that's why" in heard or "statue" in heard:
+                self.statues.add(cell)
+            else:  # three times without a reason is enough, once with
+                clear = self.idle or re.search("in vain|diagonal", heard)
+                self.failed[step[:2]] = self.failed.get(step[:2], 0) + (3 if clear else 1)
+
+    def cells(self, character):
+        return {found.start() for found in re.finditer(re.escape(character), self.text[:BOTTOM]) if found.start() >= TOP}
+
+    def setup(self):
+        if self.archer is None:
+            self.archer = "Tenderfoot" in self.text[BOTTOM:]
+        self.archer |= "arrows (in quiver" in self.heard
+        if self.archer != self.bow:
+            self.bow = self.archer
+            return "x"  # swaps bow and dagger
+        shop = re.search("Welcome (again )?to", self.heard)  # what is picked up there must be paid
+        if (shop and self.pickup) or (self.turn == self.arrival and not self.pickup):
+            self.pickup = not self.pickup
+            return "@"
+        if self.text[self.here - 81 : self.here - 78] == "/-\\":
+            return self.step(self.rng.choice(list(STEPS)))  # swallowed: hit out
+
+    def step(self, key):
+        self.goal = self.here + STEPS[key]
+        self.step_taken = self.here, STEPS[key], self.look(self.goal)
+        return key
+
+    def wait(self, turns="20"):
+        self.queue = [*turns[1:], "s"]
+        return turns[0]
+
+    def monsters(self):
+        return [cell for cell in np.flatnonzero(self.kind[:BOTTOM] == MONSTER).tolist() if cell >= TOP and cell != self.here]
 
     def harmless(self, cell):
-        """Whether the monster in that cell is none to hit."""
         look = self.look(cell)
         return look in self.friends or cell in self.statues or self.turn - self.peaceful.get(look, -99) < 50
 
-    def step(self, key):
-        self.target = self.here + STEPS[key]
-        self.last_look = self.look(self.target)
-        self.last = (self.here, STEPS[key], self.turn)
-        return key
-
     def enemies(self, reach):
-        """(distance, key) of every enemy in line with us, nearest first, up to `reach` cells away."""
+        """(distance, key, look) of the first enemy in each direction, up to `reach` cells away, nearest first."""
         found = []
         for key, offset in STEPS.items():
-            cell = self.here
             for distance in range(1, reach + 1):
-                cell += offset
+                cell = self.here + distance * offset
                 if not TOP <= cell < BOTTOM or self.kind[cell] in (WALL, BOULDER):
                     break
                 if self.kind[cell] == MONSTER:
@@ -218,160 +196,105 @@ class ScriptedPlayer:
 
     def survive(self):
         low = self.hp < 6 or self.hp * 7 < self.max_hp
-        weak = "Weak" in self.states or "Faint" in self.states
-        if (low or weak) and self.turn - self.prayed > 1000 - 700 * (self.prayed < 0):
+        if self.turn - self.prayed > (1000 if low else 850) and (low or re.search("Weak|Faint", self.states)):
             self.prayed = self.turn
             return PRAY
-        return None
 
     def fight(self):
         for distance, key, look in self.enemies(7 if self.archer else 1):
-            if self.archer and (distance == 1 or look[0] != "@"):
-                self.queue = [key]
-                self.target = self.here + STEPS[key] * distance
+            if self.archer and look[0] != "@":  # shopkeepers and the watch are @: the game asks before a blow, not before a shot
+                self.queue, self.goal = [key], self.here + STEPS[key] * distance
                 return "f"
             if distance == 1 and look not in PASSIVE:
                 return self.step(key)
-        return None
 
     def eat(self):
-        if "Satiated" in self.states:
-            return None
-        if self.fresh and self.turn - self.fresh[1] < 30 and self.fresh[2] in EDIBLE:
-            cell = self.fresh[0]
-            if cell == self.here:
-                if not self.want_corpse:
-                    self.want_corpse = True
-                    return "e"
-                self.fresh = None
-            elif self.text[cell] == "%":
-                return self.walk({cell})
-        self.want_corpse, self.fresh = False, None
-        if self.hungry_food and re.search("Hungry|Weak|Faint", self.states):
-            return "e"
-        return None
-
-    def watched(self):
-        """Whether an enemy is in sight and near."""
-        row, col = divmod(self.here, 80)
-        for cell in np.flatnonzero(self.kind[TOP:BOTTOM] == MONSTER) + TOP:
-            r, c = divmod(int(cell), 80)
-            if 0 < max(abs(r - row), abs(c - col)) < 9 and not self.harmless(cell) and self.look(cell) not in PASSIVE:
-                return True
-        return False
-
-    def wait(self, turns="20"):
-        self.queue = list(turns[1:]) + ["s"]
-        return turns[0]
+        self.eating = False
+        if self.kill and "Satiated" not in self.states:
+            cell, turn, kind = self.kill
+            self.meals += cell == self.here
+            if self.turn - turn < 30 and EDIBLE.fullmatch(kind) and self.meals < 4:
+                self.eating = cell == self.here
+                key = "e" if self.eating else self.walk({cell}) if self.text[cell] == "%" else None
+                if key:
+                    return key
+            self.kill = None
+        if self.hungry:
+            if self.here in self.food or self.own_food:
+                self.food.discard(self.here)
+                return "e"
+            return self.walk(self.food)
 
     def rest(self):
-        if self.hp < 0.6 * self.max_hp and not self.watched():
-            return self.wait()
-        return None
+        threats = any(not self.harmless(cell) and self.look(cell) not in PASSIVE for cell in self.monsters())
+        return None if threats or self.hp >= 0.6 * self.max_hp else self.wait()
 
-    # -- getting about
-
-    def walk(self, goals, traps=False):
-        """First step of a shortest way to one of the cells `goals` (a set, or a mask of all cells); None without one."""
-        if isinstance(goals, set):
-            goals, cells = np.zeros(24 * 80, bool), goals
-            goals[list(cells)] = True
-        kind, goal = self.kind.tobytes(), goals.tobytes()
-        first = {self.here: None}
-        todo = deque([self.here])
+    def walk(self, goals):
+        """First key of a shortest way to one of the cells `goals` (a set), if there is one. Keeps all cells passed as `reach`."""
+        kind, self.reach, todo = self.kind.tobytes(), {self.here: None}, deque([self.here])
         while todo:
             cell = todo.popleft()
-            if goal[cell] and cell != self.here:
-                self.reached = cell
-                return self.go(first[cell])
+            if cell in goals and cell != self.here:
+                return self.go(self.reach[cell])
             for key, offset in STEPS.items():
                 to = cell + offset
-                if to in first or not TOP <= to < BOTTOM:
+                if to in self.reach or not TOP <= to < BOTTOM or kind[to] in (WALL, TRAP) or self.failed.get((cell, offset), 0) > 2:
                     continue
-                what = kind[to]
-                if what == WALL or (what == TRAP and not traps) or self.blocked.get((cell, offset), 0) > 1:
+                if offset not in STRAIGHT and (DOOR in (kind[to], kind[cell]) or kind[to] == BOULDER):
                     continue
-                if offset not in (1, -1, 80, -80) and (what == DOOR or kind[cell] == DOOR or what == BOULDER):
+                look = self.look(to)
+                if kind[to] == MONSTER and look not in self.friends and (look in PASSIVE or self.harmless(to)):
                     continue
-                if what == MONSTER and (to in self.statues or self.look(to) in PASSIVE
-                                        or (self.harmless(to) and self.look(to) not in self.friends)):
-                    continue
-                first[to] = first[cell] or key
+                self.reach[to] = self.reach[cell] or key
                 todo.append(to)
-        self.reach = first
-        return None
 
     def go(self, key):
         cell = self.here + STEPS[key]
-        if cell in self.locked and self.kind[cell] == DOOR and self.text[cell] == "+":
-            self.kicks += 1
-            if self.kicks % 40 == 0:
-                self.blocked[self.here, STEPS[key]] = 9
-            self.queue = [key]
-            return KICK
-        return self.step(key)
-
-    def ready(self):
-        """Whether we are strong enough for the next level down."""
-        depth = int("0" + "".join(c for c in self.place if c.isdigit()))
-        return self.hp >= 0.6 * self.max_hp and (self.xl >= min(2 * depth, 8) or self.turn - self.arrival > 1500)
+        if cell not in self.locked or self.text[cell] != "+":
+            return self.step(key)
+        self.kicks += 1
+        if self.no_kicks or self.kicks % 40 == 0:
+            self.failed[self.here, STEPS[key]] = 9
+            return "s"
+        self.queue = [key]
+        return KICK
 
     def explore(self):
-        gold = np.frombuffer(self.text.encode("latin-1"), np.uint8) == ord("$")
-        gold[:TOP] = gold[BOTTOM:] = False
-        key = gold.any() and self.walk(gold)
-        if key:
-            return key
-        if self.stairs and self.ready():
-            if self.here in self.stairs:
-                return ">"
-            key = self.walk(self.stairs)
-            if key:
-                return key
-        # The frontier: cells beside blank ones that we have not stood beside.
+        depth = int("0" + re.sub(r"\D", "", self.place))
+        strong = self.xl >= min(2 * depth, 8) or self.turn - self.arrival > 400
+        ready = strong and self.hp >= 0.6 * self.max_hp
+        if ready and self.here in self.stairs:
+            return ">"
         blank = (np.frombuffer(self.text.encode("latin-1"), np.uint8) == 32) & ~self.known
-        near = np.zeros(24 * 80, bool)
+        frontier = np.zeros(CELLS, bool)  # cells beside blank ones that we have not stood beside
         for offset in STEPS.values():
-            near |= np.roll(blank, offset)
-        near &= ~np.isin(self.kind, (WALL, MONSTER, BOULDER))
-        near[:TOP] = near[BOTTOM:] = False
-        key = self.walk(near)
+            frontier[82:-82] |= blank[82 + offset : CELLS - 82 + offset]
+        frontier &= (self.kind == FLOOR) | (self.kind == DOOR)
+        edge = set(np.flatnonzero(frontier[:BOTTOM]).tolist())
+        key = (self.pickup and self.walk(self.cells("$"))) or (ready and self.walk(self.stairs)) or self.walk(edge)
         if key:
             return key
-        if self.stairs and not self.ready():
-            if self.walk(self.stairs) or self.here in self.stairs:
-                return self.wait()
-        return self.search()
+        return self.wait() if not ready and self.reach.keys() & self.stairs else self.search()
 
     def search(self):
-        """Nowhere left to go: looks for hidden doors and passages where there is room for something behind."""
-        reach = self.reach
-        best, where = -1e9, self.here
-        for cell in reach:
-            score = -12.0 * self.searched[cell]
-            row, col = divmod(cell, 80)
-            ways = 0
-            for offset in (1, -1, 80, -80):
-                if self.kind[cell + offset] != WALL:
-                    ways += 1
-                    continue
-                beyond = cell + 2 * offset
-                for _ in range(6):
-                    if not TOP <= beyond < BOTTOM or self.text[beyond] != " ":
-                        break
-                    score += 1
-                    beyond += offset
-            if ways == 1 and self.text[cell] == "#":
-                score += 20
-            start = divmod(self.here, 80)
-            score -= 0.3 * max(abs(row - start[0]), abs(col - start[1]))
-            if score > best:
-                best, where = score, cell
-        if where != self.here:
-            key = self.walk({where}) or self.walk({where}, traps=True)
-            if key:
-                return key
-        for offset in list(STEPS.values()) + [0]:
-            self.searched[self.here + offset] += 1
-        self.blocked.clear()
+        """Nowhere left to go: searches for hidden doors and passages where there is room for something behind."""
+        for _, key, look in self.enemies(1):  # passive ones, or `fight` would have seen to them
+            if look not in DEADLY and self.hp > max(20, 0.8 * self.max_hp):
+                return self.step(key)
+        reach = list(self.reach)  # from near to far
+        if self.turn // 400 % 2 and any(self.look(cell) == EYE for cell in self.monsters()):
+            # It creeps after us: at the far end of where we can get to, there may be a way round it.
+            return (reach[-1] != self.here and self.walk({reach[-1]})) or self.wait()
+        scores = -12 * self.searched[reach] - 0.1 * np.arange(len(reach))
+        for i, cell in enumerate(reach):
+            for offset in STRAIGHT:
+                beyond = self.text[cell + 2 * offset : cell + 8 * offset : offset] if self.kind[cell + offset] == WALL else ""
+                scores[i] += len(beyond) - len(beyond.lstrip())
+            ways = sum(self.kind[cell + offset] != WALL for offset in STEPS.values())
+            scores[i] += 25 * (ways == 1)  # a dead end
+        best = reach[int(scores.argmax())]
+        if best != self.here:
+            return self.walk({best})
+        self.searched[[self.here, *(self.here + offset for offset in STEPS.values())]] += 1
+        self.failed.clear()
         return self.wait("9")
