@@ -14,12 +14,12 @@ import nle.dataset as nld
 import numpy as np
 import pytest
 import torch
+from conftest import CHARACTERS, RECORDED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nle import nethack
 
 import custom_nethack_pomdp as pomdp
-from conftest import CHARACTERS, RECORDED
 from custom_nethack_pomdp import (
     BLOCK,
     NO_ACTION,
