@@ -141,11 +141,11 @@ class ScriptedPlayer:
         elif step and self.here == step[0] and not kill:
             if "door is locked" in heard:
                 self.locked.add(cell)
-            elif "Perhaps that's why" in heard or "statue" in heard:
-                self.statues.add(cell)
-            else:  # three times without a reason is enough, once with
-                clear = self.idle or re.search("in vain|diagonal", heard)
-                self.failed[step[:2]] = self.failed.get(step[:2], 0) + (3 if clear else 1)
+            elif re.search("Perhaps that's why|statue|in vain|diagonal", heard):
+                self.failed[step[:2]] = 3
+                self.statues |= set() if "diagonal" in heard else {cell}
+            elif KIND[ord(step[2][0]), step[2][1]] != MONSTER:  # to try three times is enough, or once if it took no time
+                self.failed[step[:2]] = self.failed.get(step[:2], 0) + (3 if self.idle else 1)
 
     def cells(self, character):
         return {found.start() for found in re.finditer(re.escape(character), self.text[:BOTTOM]) if found.start() >= TOP}
@@ -189,7 +189,7 @@ class ScriptedPlayer:
                 if not TOP <= cell < BOTTOM or self.kind[cell] in (WALL, BOULDER):
                     break
                 if self.kind[cell] == MONSTER:
-                    if not self.harmless(cell):
+                    if not self.harmless(cell) and self.failed.get((self.here, offset), 0) < 3:
                         found.append((distance, key, self.look(cell)))
                     break
         return sorted(found)

@@ -17,8 +17,9 @@ DATA = ROOT / "tests" / "data"
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import record_games  # noqa: E402
-from custom_nethack_pomdp import NetHackGame  # noqa: E402
 from scripted_player import ScriptedPlayer  # noqa: E402
+
+from custom_nethack_pomdp import NetHackGame  # noqa: E402
 
 KEYS = [int(action) for action in nethack.ACTIONS]
 CHARACTER, SEED, STEPS = "ran-hum-neu", 5, 200
@@ -28,7 +29,7 @@ SEEN = ("tty_chars", "tty_colors", "tty_cursor")
 def record(out, *more, cwd=ROOT):
     """Runs the command line as a user would; returns the finished process."""
     command = [sys.executable, str(ROOT / "scripts" / "record_games.py"), "--character", CHARACTER, "--out", str(out), *more]
-    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def read(root, db):
@@ -125,7 +126,7 @@ def test_same_seed_same_games_whatever_the_workers(recorded, tmp_path):
 
 
 def test_adding_to_a_recording(recorded, capsys):
-    _, out, games = recorded
+    _, out, _ = recorded
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     same = ["--character", CHARACTER, "--seed", str(SEED), "--out", str(out), "--max_steps", "20"]
     assert record_games.main([*same, "--games", "3"]) == 2  # nothing is played when part of it exists already
@@ -211,7 +212,8 @@ def test_recorded_games_of_the_tests(test_games):
     for log in glob.glob(str(DATA / "nle_data" / "*" / "*.xlogfile")):
         assert "death=quit" not in Path(log).read_text()
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 2.4e6
-    games, seed, steps = re.search(r"--games (\d+) --seed (\d+) --max_steps (\d+) --leave_out_cut", (DATA / "README.md").read_text()).groups()
+    command = re.search(r"--games (\d+) --seed (\d+) --max_steps (\d+) --leave_out_cut", (DATA / "README.md").read_text())
+    games, seed, steps = command.groups()
     for name, frames in test_games.items():
         assert name.rsplit("-", 2)[1] == seed and int(name.rsplit("-", 2)[2]) < int(games)
         assert len(frames["keypresses"]) < int(steps) + 20
