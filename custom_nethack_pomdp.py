@@ -640,8 +640,9 @@ def read_hdf5(path: str, key: str) -> Iterator[Frames]:
         with h5py.File(path, "r") as file:
             game, score = file[key], 0
             length = len(game["actions"])
-            if any(len(game[name]) != length for name in ("tty_chars", "tty_colors", "tty_cursor", "rewards")):
-                raise GameError("its arrays have different lengths")
+            shapes = {"tty_chars": (ROWS, COLS), "tty_colors": (ROWS, COLS), "tty_cursor": (2,), "rewards": (), "actions": ()}
+            if any(game[name].shape != (length, *shape) for name, shape in shapes.items()):
+                raise GameError("its arrays have not the shapes of Katakomba's")
             for start in range(0, length, PIECE):
                 part = slice(start, min(start + PIECE, length))
                 actions, rewards = game["actions"][part].astype(np.int64), game["rewards"][part].astype(np.int64)
@@ -651,7 +652,7 @@ def read_hdf5(path: str, key: str) -> Iterator[Frames]:
                 yield Frames(game["tty_chars"][part].astype(np.uint8), game["tty_colors"][part].astype(np.int8),
                              game["tty_cursor"][part].astype(np.uint8), actions, actions == space_action,
                              scores[:-1].astype(np.int32))  # fmt: skip
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
@@ -2078,22 +2079,36 @@ def siblings(folder: Path) -> List[Path]:
     return sorted(found, key=lambda path: int((pattern.fullmatch(path.name).group(1) or "-1")[1:]), reverse=True)
 
 
-def choose_run_folder(config: TrainConfig, identity: str) -> Tuple[Path, bool]:
-    """-> (folder, resumed). Never an existing folder, unless `resume` finds an unfinished run of this identity there."""
+def claim(folder: Path) -> Optional[int]:
+    """A lock on the folder, held as long as the returned file descriptor is open; None if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def choose_run_folder(config: TrainConfig, identity: str) -> Tuple[Path, bool, Optional[int]]:
+    """-> (folder, resumed, its lock). Never an existing folder, unless `resume` finds an unfinished run of this identity."""
     first = run_folder(config)
     present = siblings(first)
     if config.resume:
         for folder in present:
             described = read_json(folder / "config.json")
             if described.get("identity") == identity and described.get("finished_at_step", 0) < config.update_steps:
-                return folder, True
+                lock = claim(folder)
+                if lock is not None:
+                    return folder, True, lock
+                say(f"{folder} is in use by a run that has not ended")
         say("nothing to resume: no unfinished run with these settings and this script; a new one begins")
     number = 1
     while True:  # mkdir decides between two runs that start at once
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
         try:
             folder.mkdir(parents=True)
-            return folder, False
+            return folder, False, claim(folder)
         except FileExistsError:
             number += 1
         except OSError as error:
@@ -2105,7 +2120,8 @@ def read_checkpoint(path: Path, identity: Optional[str] = None) -> Dict[str, Any
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)  # no code is run by reading it
     except Exception as error:  # torch reports damage by many types
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this script (format {CHECKPOINT_FORMAT})")
     if identity is not None and content.get("identity") != identity:
@@ -2197,7 +2213,7 @@ def load_submission(path: str) -> Any:
     sys.modules["submission"] = module  # dataclasses look their module up
     try:
         exec(compile(text, path, "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"the submission {path} does not run: {type(error).__name__}: {error}") from error
     for name in ("Model", "OfflineAlgorithm"):
         if not hasattr(module, name):
@@ -2265,7 +2281,7 @@ class Trainer:
         self.pool: Optional[GamePool] = None
         self.stop_signal: Optional[int] = None
         self.identity = run_identity(config)
-        self.folder, resumed = choose_run_folder(config, self.identity)
+        self.folder, resumed, self.lock = choose_run_folder(config, self.identity)
         self.wandb_id: Optional[str] = None
         if resumed:
             self._resume()
@@ -2324,12 +2340,12 @@ class Trainer:
 
     def _resume(self) -> None:
         content = newest_checkpoint(self.folder, self.identity)
+        if content is not None and content["data"] != self._data_fingerprints():
+            raise UserError(f"{self.folder} cannot be resumed: the games in the data folder have changed since")
         cut_metrics(self.folder / "metrics.jsonl", content["step"] if content else 0)
         if content is None:
             say(f"resuming {self.folder} from its beginning: it holds no checkpoint yet")
             return
-        if content["data"] != self._data_fingerprints():
-            raise UserError(f"{self.folder} cannot be resumed: the games in the data folder have changed since")
         self.algorithm.model.load_state_dict(content["model"])
         self._load_extra_state(content["algorithm"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -2360,6 +2376,7 @@ class Trainer:
             previous = batch.pop("prev_actions")
             with self.autocast():
                 loss, states, info = self.algorithm.train_step(batch, previous, self.rnn_states)
+            info = {"loss": loss.detach(), **info}
             self.rnn_states = {name: tuple(part.detach() for part in parts) for name, parts in states.items()}
             self._synchronize(timed)
         with self.timers.measure("times/backward_pass"):
@@ -2405,8 +2422,9 @@ class Trainer:
             loader = self._loader(self.heldout_games, rows, None, gamma_for_returns=self.config.gamma)
             metrics = evaluate_heldout(self.algorithm, loader, self.config.eval_heldout_frames, self.device, self.autocast)
             row.update({f"heldout/{name}": value for name, value in metrics.items()})
-            if metrics["loss_per_action"] < self.best_heldout:
-                self.best_heldout = metrics["loss_per_action"]
+            yardstick = metrics.get("loss_per_action", metrics.get("loss", math.inf))
+            if yardstick < self.best_heldout:
+                self.best_heldout = yardstick
                 self._save_weights("best.pt")
         summaries: Dict[str, Dict[str, float]] = {}
         if self.config.eval_episodes:
@@ -2456,8 +2474,7 @@ class Trainer:
             f"{str(self.precision or torch.float32)[6:]}; reward scale {self.reward_scale:.2f}")  # fmt: skip
         say(f"games: {len(self.training_games)} for training, {len(self.heldout_games)} held out; "
             f"{self.loader.plan.steps} updates a pass")  # fmt: skip
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
+        before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._loop()
         except Stopped:
@@ -2466,6 +2483,8 @@ class Trainer:
             raise
         finally:
             self.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
         described = read_json(self.folder / "config.json")
         write_json(self.folder / "config.json", {**described, "finished_at_step": self.step})
 
@@ -2507,6 +2526,8 @@ class Trainer:
         if self.pool is not None:
             self.pool.close()
         self.logger.close()
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def train(config: TrainConfig) -> Path:
