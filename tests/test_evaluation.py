@@ -15,11 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from nle import nethack
+from torch import nn
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import NO_ACTION, GamePool, GameResult, NetHackGame, game_seeds, play_games
+from custom_nethack_pomdp import (
+    NO_ACTION,
+    GamePool,
+    GameResult,
+    NetHackGame,
+    game_seeds,
+    play_games,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOTS = 3
@@ -262,6 +269,18 @@ def test_state_and_previous_action_are_cleared_at_each_new_game_and_only_there(s
                     assert torch.equal(part[:, slot], returned[:, slot]), (slot, tick)
 
 
+def test_states_run_on_when_they_are_not_to_be_cleared(pools):
+    """eval_clear_state: false, as in Katakomba's loop: only the first game of a slot begins with nothing."""
+    model = Scripted()
+    results = play_games(pools[2], model, "mon-hum-neu", 10, 50, 60, CPU, clear_state=False)
+    _, clock = starts_of(results)
+    assert (model.seen[0]["prev_actions"] == NO_ACTION).all() and model.given[0] is None
+    for tick, obs in enumerate(model.seen[1:], start=1):
+        for slot in (slot for slot in range(SLOTS) if tick < clock[slot]):
+            assert obs["prev_actions"][slot] == model.actions[tick - 1][slot], (slot, tick)
+            assert all(torch.equal(part[:, slot], returned[:, slot]) for part, returned in zip(model.given[tick], model.returned[tick - 1]))
+
+
 def test_inactive_rows_show_nothing(scripted):
     """Rows that pad to a multiple of 8, and slots whose games are over: empty screens, and no previous action."""
     model, results, _, _ = scripted
@@ -461,17 +480,19 @@ def runs(pid):
         return False
 
 
+ENDLESS_GAMES = """
+import numpy as np, custom_nethack_pomdp as pomdp
+if __name__ == "__main__":
+    pool = pomdp.GamePool(2, 1)
+    pool.begin("mon-hum-neu", 10**5, 50, 10**9)
+    print(*[process.pid for process in pool.processes], flush=True)
+    while True:
+        pool.step(np.full(pool.rows, 75))
+"""
+
+
 def test_workers_and_folders_go_with_a_main_process_that_is_killed(tmp_path):
-    source = "\n".join([
-        "import numpy as np, custom_nethack_pomdp as pomdp",
-        "if __name__ == '__main__':",
-        "    pool = pomdp.GamePool(2, 1)",
-        "    pool.begin('mon-hum-neu', 10**5, 50, 10**9)",
-        "    print(*[process.pid for process in pool.processes], flush=True)",
-        "    while True:",
-        "        pool.step(np.full(pool.rows, 75))",
-    ])  # fmt: skip
-    (tmp_path / "main.py").write_text(source, encoding="utf-8")
+    (tmp_path / "main.py").write_text(ENDLESS_GAMES, encoding="utf-8")
     running = []
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         folder = tmp_path / number.name
