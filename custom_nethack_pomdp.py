@@ -40,6 +40,7 @@ import inspect
 import json
 import math
 import multiprocessing
+import netrc
 import os
 import platform
 import random
@@ -58,6 +59,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Queue
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from urllib.parse import urlparse
 
 import nle
 import numpy as np
@@ -443,6 +445,14 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
+def has_wandb_key() -> bool:
+    """Whether wandb would find a key: in WANDB_API_KEY or, as `wandb login` leaves it, in ~/.netrc."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
+    return False
+
+
 def start_wandb(config: TrainConfig, run_dir: Path, run_id: Optional[str]) -> Any:
     """A wandb run, or None. WANDB_MODE decides where it is set; otherwise online with a key and offline without."""
     mode = os.environ.get("WANDB_MODE")
@@ -455,7 +465,8 @@ def start_wandb(config: TrainConfig, run_dir: Path, run_id: Optional[str]) -> An
         return None
     settings: Dict[str, Any] = dict(project=config.project, group=f"{config.group}-v{config.version}", name=run_dir.name,
                                     dir=str(run_dir), config=asdict(config), id=run_id, resume="allow")  # fmt: skip
-    if not mode and not wandb.api.api_key:
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds; nobody waits longer for a training to begin
+    if not mode and not has_wandb_key():
         say("wandb has no key: the run is logged offline, `wandb sync` uploads it later")
         settings["mode"] = "offline"
     try:
@@ -486,7 +497,7 @@ class RunLogger:
     @staticmethod
     def line(tag: str, values: Dict[str, float]) -> None:
         """The lines that readers of standard output look for: `TRAIN_METRICS step=... name=value ...`."""
-        say(tag + " " + " ".join(f"{key}={value:.6g}" for key, value in values.items()))
+        say(tag + " " + " ".join(f"{key}={value if isinstance(value, int) else format(value, '.6g')}" for key, value in values.items()))
 
     def close(self) -> None:
         self.file.close()
@@ -813,18 +824,23 @@ def find_nld_games(root: Path, character: str) -> FoundGames:
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
         for xlogfile in sorted(name for name in files if name.endswith(".xlogfile")):
-            for xlog in parse_xlogfile(Path(folder, xlogfile)):
+            try:
+                lines = parse_xlogfile(Path(folder, xlogfile))
+            except OSError as error:
+                problems.append(f"{Path(folder, xlogfile)}: {error.strerror}")
+                continue
+            for xlog in lines:
                 name = xlog.get("ttyrecname", "")
                 if character_of(xlog) != character:
                     others.add(character_of(xlog))
                 elif name != os.path.basename(name) or not name.endswith(".ttyrec3.bz2"):
                     problems.append(f"{Path(folder, xlogfile)}: its line names no ttyrec3.bz2 file beside it")
-                elif name not in files:
+                elif name not in files or not Path(folder, name).exists():  # a link may lead nowhere
                     problems.append(f"{Path(folder, name)}: named by the xlogfile, but missing")
                 else:
                     path = Path(folder, name)
                     stat = path.stat()
-                    label = f"{path.resolve().parent.name}/{name}"
+                    label = f"{Path(folder).resolve().name}/{name}"
                     games.append(GameSource(label, str(path), "", stat.st_size, stat.st_mtime_ns))
     return FoundGames(sorted(set(games)), problems, sorted(others))
 
@@ -1008,7 +1024,7 @@ def open_or_build_store(data_path: Optional[str], store_path: str, character: st
         with exclusive(folder.with_name(f".{character}.lock"), f"builds the store of {character}"):
             if read_meta(folder).get("fingerprint") != store_fingerprint(found.games):
                 # Starting a worker costs seconds: small sets are read right here.
-                size = sum(game.size for game in found.games)
+                size = sum({game.path: game.size for game in found.games}.values())  # an HDF5 file holds many games
                 build_store(folder, found, character, workers=min(usable_cores(), len(found.games), size // 4_000_000))
     except OSError as error:
         raise UserError(f"cannot write the chunk store in {store_path}: {error.strerror or error}; "
@@ -1299,7 +1315,7 @@ class ChunkLoader:
 # FIXED: backbone
 # ======================================================================================================================
 def blstats_features(blstats: torch.Tensor) -> torch.Tensor:
-    """[n, 27] int -> [n, 46] float32 of about unit size. The last one flags hidden status lines (maximal HP is never 0)."""
+    """[n, 27] int -> [n, 47] float32 of about unit size. The last one flags hidden status lines (maximal HP is never 0)."""
     stats = blstats.float()
     hp, hp_max, energy, energy_max = stats[:, 10], stats[:, 11], stats[:, 14], stats[:, 15]
     hidden = hp_max == 0
@@ -1325,7 +1341,7 @@ def blstats_features(blstats: torch.Tensor) -> torch.Tensor:
     )
     hunger = F.one_hot(blstats[:, 21].long().clamp(0, 6), 7)
     load = F.one_hot(blstats[:, 22].long().clamp(0, 5), 6)
-    conditions = (blstats[:, 25, None].int() >> torch.arange(12, device=blstats.device, dtype=torch.int32)) & 1
+    conditions = (blstats[:, 25, None].int() >> torch.arange(13, device=blstats.device, dtype=torch.int32)) & 1
     features = torch.cat([numbers, hunger.float(), load.float(), conditions.float()], dim=1)
     return torch.cat([torch.where(hidden[:, None], 0.0, features), hidden[:, None].float()], dim=1)
 
@@ -1389,7 +1405,7 @@ class ModelBackbone(nn.Module):
         self.num_actions, self.rnn_hidden_dim, self.use_prev_action = action_dim, rnn_hidden_dim, use_prev_action
         self.no_action = action_dim  # stands for the previous action where there is none
         self.screen_encoder = ScreenEncoder()
-        self.blstats_encoder = nn.Sequential(nn.Linear(46 + 2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        self.blstats_encoder = nn.Sequential(nn.Linear(47 + 2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
         self.action_embedding = nn.Embedding(action_dim + 1, 64)
         self.rnn = nn.LSTM(self.screen_encoder.output_dim + 128 + (64 if use_prev_action else 0), rnn_hidden_dim,
                            num_layers=rnn_layers, dropout=rnn_dropout, batch_first=True)  # fmt: skip
@@ -1715,6 +1731,12 @@ def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
 # FIXED: the game and its evaluation
 # ======================================================================================================================
 OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
+# nle.dataset shows line-drawing bytes as plain characters, the live terminal does not. They appear only where the player
+# typed such a byte himself; with this table live screens equal recorded ones there too.
+PLAIN_CHARS = np.arange(256, dtype=np.uint8)
+for _plain, _codes in {"#": b"\xb0\xb1\xf0\xf1", "|": b"\xb3\xb4\xc3\xfe", "-": b"\xbf\xc0\xc1\xc2\xc4\xc5\xd9\xda",
+                       "{": b"\xf4", "}": b"\xf7", ".": b"\xfa"}.items():  # fmt: skip
+    PLAIN_CHARS[list(_codes)] = ord(_plain)
 NO_PROGRESS_STEPS = 1000  # Katakomba's and the NetHack Challenge's: a game is aborted when its turn counter stands still
 
 
@@ -1738,7 +1760,7 @@ class NetHackGame:
         self.last_blstats = np.zeros(NUM_BLSTATS, dtype=np.int64)  # NLE's own, for bookkeeping; the agent never sees them
 
     def _observe(self, raw: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        chars = raw["tty_chars"].copy()  # NLE writes the next frame into the same arrays
+        chars = PLAIN_CHARS[raw["tty_chars"]]  # copies, like the others: NLE writes the next frame into the same arrays
         return {"tty_chars": chars, "tty_colors": raw["tty_colors"].copy(), "tty_cursor": raw["tty_cursor"].astype(np.uint8),
                 "blstats": self.read_status(chars[None])[0]}  # fmt: skip
 
@@ -1864,6 +1886,10 @@ def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[in
             slot.close()
 
 
+class WorkerDied(Exception):
+    """An evaluation worker is gone; so is this evaluation."""
+
+
 class GamePool:
     """`slots` game slots spread over worker processes. Which slot plays which game depends on neither's number of cores."""
 
@@ -1887,9 +1913,12 @@ class GamePool:
 
     def _ask(self, *command: Any) -> List[GameResult]:
         """Sends the command to all workers, then collects their answers."""
-        for pipe in self.pipes:
-            pipe.send(command)
-        return [result for pipe in self.pipes for result in pipe.recv()]
+        try:
+            for pipe in self.pipes:
+                pipe.send(command)
+            return [result for pipe in self.pipes for result in pipe.recv()]
+        except (EOFError, ConnectionError):
+            raise WorkerDied("an evaluation worker has died") from None
 
     def begin(self, character: str, games: int, eval_seed: int, max_steps: int) -> None:
         """Game k is played by slot k % slots: a fixed quota for each slot, so that short games are not over-counted."""
@@ -1936,7 +1965,11 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
             torch.manual_seed(derived_seed(eval_seed, tick))
             actions, state = model.vec_act({**obs, "prev_actions": previous}, state, device=str(device))
         previous = np.asarray(actions, dtype=np.int64).copy()
-        finished = pool.step(previous)
+        try:
+            finished = pool.step(previous)
+        except WorkerDied:
+            check()  # a signal to the whole group ends the workers as well: that is a stop, not a failure
+            raise
         results.extend(finished)
         bar.update(len(finished))
         tick += 1

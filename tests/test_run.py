@@ -90,7 +90,7 @@ def files_of(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 FULL = dict(data_path=GAMES, batch_size=8, seq_len=8, log_every=1, eval_every=2, checkpoint_every=2, eval_heldout_frames=256)
 ONE = dict(FULL, character=MONK, eval_episodes=2, eval_processes=2, eval_max_steps=40, eval_workers=1)
-THREE = dict(FULL, update_steps=2, eval_episodes=3, eval_processes=3, eval_max_steps=100)
+THREE = dict(FULL, update_steps=2, eval_episodes=3, eval_processes=3, eval_max_steps=60)
 
 
 def command_line(settings):
