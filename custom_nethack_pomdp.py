@@ -32,6 +32,7 @@ successor of frame T - 1. Only frames 0 .. T - 1 can carry loss.
 # ======================================================================================================================
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -393,6 +394,15 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
     """Mean of |tau - 1(u < 0)| u^2: the expectile loss of IQL (arXiv 2110.06169, equation 5)."""
     return torch.mean(torch.abs(tau - (u < 0).float()) * u**2)
+
+
+def keep_freed_memory() -> None:
+    """Lets freed tensors stay with the process. By default glibc gives each large one back to the system, which clears the
+    same memory anew at every update: on a CPU that took more time than the update itself."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def usable_cores() -> int:
@@ -2572,7 +2582,9 @@ def train(config: TrainConfig) -> Path:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
-        train(parse_config(sys.argv[1:] if argv is None else argv))
+        config = parse_config(sys.argv[1:] if argv is None else argv)
+        keep_freed_memory()
+        train(config)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

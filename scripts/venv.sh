@@ -6,6 +6,9 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Threads that wait for each other sleep instead of spinning: where cores are shared, spinning takes them from those at work.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 die() {
     echo "error: $*" >&2
     exit 2
