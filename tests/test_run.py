@@ -578,6 +578,16 @@ def test_folders_that_cannot_be_written(small, tmp_path):
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_best_weights_are_those_of_the_lowest_held_out_loss(small, folder):
+    """With a rate so high that the loss goes up and down."""
+    assert small(update_steps=6, eval_every=1, learning_rate=0.1, keep_checkpoints=True)[0] == 0
+    losses = {row["step"]: row["heldout/loss_per_action"] for row in rows_of(folder) if "heldout/loss_per_action" in row}
+    best, chosen = min(losses, key=losses.get), load(folder / "best.pt")
+    assert best not in (1, 6), "losses that only fall, or only rise, show nothing"
+    assert (chosen["step"], chosen["heldout"]) == (best, losses[best])
+    assert_same(chosen["model"], load(folder / f"{best}.pt")["model"])
+
+
 def test_weights_of_every_evaluation_are_kept_on_demand(small, folder, group):
     assert small(keep_checkpoints=True)[0] == 0
     assert sorted(path.name for path in folder.glob("*.pt")) == ["2.pt", "4.pt", "best.pt", "last.prev.pt", "last.pt"]
