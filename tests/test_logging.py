@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -185,16 +186,28 @@ def test_a_resumed_run_keeps_its_id(tmp_path):
     assert 1 <= len(parts) <= 2  # within one second wandb takes one folder for both
 
 
-@pytest.mark.parametrize("variables", [
-    dict(WANDB_MODE="online"),  # asked for, but there is no key
-    dict(WANDB_MODE="nonsense"),
-    dict(WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3"),  # a key, but no server
-], ids=["no key", "no such mode", "no server"])  # fmt: skip
-def test_a_run_does_not_die_of_wandb(tmp_path, variables):
-    result = log_some_rows(tmp_path, "run", **variables)
+TROUBLES = {
+    "asked for, but there is no key": {"WANDB_MODE": "online"},
+    "no such mode": {"WANDB_MODE": "nonsense"},
+    "a key, but no server": {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"},
+}
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory):
+    """{trouble: (folder, result)}; side by side, since they mostly wait."""
+    folders = {name: tmp_path_factory.mktemp("trouble") for name in TROUBLES}
+    with ThreadPoolExecutor(len(TROUBLES)) as pool:
+        futures = {name: pool.submit(log_some_rows, folders[name], "run", **variables) for name, variables in TROUBLES.items()}
+    return {name: (folders[name], future.result()) for name, future in futures.items()}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_run_does_not_die_of_wandb(troubled, trouble):
+    folder, result = troubled[trouble]
     assert re.search("^warning: wandb.*offline", result.stderr, re.MULTILINE) and "Traceback" not in result.stderr
-    logged, _ = read_back(tmp_path / "run")
-    assert len(logged) == len(rows_of(tmp_path / "run" / "metrics.jsonl")) == 4
+    logged, _ = read_back(folder / "run")
+    assert len(logged) == len(rows_of(folder / "run" / "metrics.jsonl")) == 4
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for_long(tmp_path, monkeypatch):

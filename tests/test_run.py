@@ -328,6 +328,20 @@ def test_evaluation_leaves_training_alone(small, folder, group):
         assert_same(one[name], other[name])
 
 
+def test_choices_of_evaluation_reach_it(small, monkeypatch):
+    play, seen = pomdp.play_games, []
+
+    def watched(pool, model, character, games, eval_seed, max_steps, *others):
+        seen.append((pool.slots, len(pool.processes), model.backbone.acting_dtype, character, games, eval_seed, max_steps, others[1]))
+        return play(pool, model, character, games, eval_seed, max_steps, *others)
+
+    monkeypatch.setattr(pomdp, "play_games", watched)
+    status, out, _ = small(update_steps=1, eval_episodes=3, eval_processes=2, eval_workers=1, eval_seed=9, eval_max_steps=8, eval_precision="bf16",
+                           eval_clear_state="false", eval_heldout_frames=0, character=f"{RANGER},{MONK}")  # fmt: skip
+    assert status == 0 and len(lines_of(out, "TEST_METRICS")) == 1
+    assert seen == [(2, 1, torch.bfloat16, character, 3, 9, 8, False) for character in (RANGER, MONK)]
+
+
 WALK = """
     def vec_act(self, obs, state=None, device="cpu"):
         steps = np.zeros(len(obs["prev_actions"])) if state is None else state[0][0, :, 0].numpy()
