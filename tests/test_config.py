@@ -57,6 +57,13 @@ def test_values_may_hold_an_equals_sign_and_begin_with_a_dash():
     assert parse_config(["--name", "-a"]).name == "-a"
 
 
+def test_characters_may_be_written_with_spaces():
+    """The same characters are the same run, however they are written."""
+    plain, spaced = (parse_config(["--character", text]) for text in ("mon-hum-neu,val-hum-neu", " mon-hum-neu, val-hum-neu,"))
+    assert plain.characters == spaced.characters == ["mon-hum-neu", "val-hum-neu"]
+    assert pomdp.run_identity(plain) == pomdp.run_identity(spaced) and pomdp.run_folder(plain) == pomdp.run_folder(spaced)
+
+
 def test_algorithm_is_merged_key_by_key(tmp_path):
     path = write(tmp_path / "a.yaml", "algorithm: {burn_in: 8, lam: 0.5}\n")
     assert parse_config(["--config", path]).algorithm == {"burn_in": 8, "lam": 0.5}

@@ -318,6 +318,15 @@ def test_weights_are_decayed_only_where_they_multiply():
     assert {id(parameter) for parameter in others["params"]} == {id(parameter) for parameter in model.parameters() if parameter.dim() < 2}
 
 
+def test_times_of_updates_are_logged_with_updates(small, folder):
+    """An evaluation between two rows must not take the times of the updates before it: the next row would lack them."""
+    assert small(update_steps=4, log_every=2, eval_every=3)[0] == 0
+    rows = {"update": [], "evaluation": []}
+    for row in rows_of(folder):
+        rows["update" if "loss" in row else "evaluation"].append((row["step"], "times/forward_pass" in row))
+    assert rows == {"update": [(2, True), (4, True)], "evaluation": [(3, False), (4, False)]}
+
+
 def test_evaluation_leaves_training_alone(small, folder, group):
     """With games and held-out losses at every update or none at all, the weights come out the same."""
     assert small(eval_every=1, eval_episodes=2, eval_processes=2, eval_workers=1, eval_max_steps=20, update_steps=3)[0] == 0
@@ -384,6 +393,7 @@ def test_resuming_equals_running_on_wherever_it_stopped(small, group):
         assert small(name="parts", update_steps=steps, resume=True, **settings)[0] == 0
     (straight,), (parts,) = group.glob("straight-*"), group.glob("parts-*")
     assert_same_training(straight, parts)
+    assert pomdp.parse_config(["--config", str(parts / "config.yaml")]).update_steps == 6, "the run's config is the one that it ended with"
     # The part that ended at update 1 was evaluated there as well, since it was its last.
     assert [row for row in untimed(rows_of(parts)) if row["step"] > 1] == [row for row in untimed(rows_of(straight)) if row["step"] > 1]
 
@@ -539,6 +549,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(small, group, dama
     assert re.search(r"^warning: .*last\.pt", err, re.MULTILINE) and "Traceback" not in err
     assert_same_training(straight, damaged)
     assert untimed(rows_of(straight)) == untimed(rows_of(damaged))
+
+
+def test_a_damaged_checkpoint_is_not_kept_as_the_one_before(small, folder):
+    """Renamed to last.prev.pt it would take the place of the only whole one, just before the new one gets its name."""
+    assert small(update_steps=4)[0] == 0
+    truncate(folder / "last.pt")
+    assert small(update_steps=5, resume=True, checkpoint_every=5)[0] == 0
+    assert (load(folder / "last.pt")["step"], load(folder / "last.prev.pt")["step"]) == (5, 2)
 
 
 def test_two_damaged_checkpoints_stop_the_run_and_nothing_is_lost(small, folder):
