@@ -172,6 +172,7 @@ class TrainConfig:
     eval_seed: int = 50  # seed of the evaluation games and of sampled actions
 
     def __post_init__(self) -> None:
+        self.character = ",".join(self.characters)  # one spelling, for names and identity
         validate_config(self)
 
     @property
@@ -2094,7 +2095,7 @@ def describe_run(config: TrainConfig, identity: str, device: torch.device) -> Di
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}  # fmt: skip
     versions = {"python": platform.python_version(), "torch": torch.__version__, "nle": nle.__version__, "numpy": np.__version__}
     return {"config": asdict(config), "identity": identity, "versions": versions, "hardware": hardware, "command": sys.argv,
-            "commit": commit.stdout.strip() or None, "script_sha256": sha256_of_file(Path(__file__)), "finished_at_step": 0}  # fmt: skip
+            "commit": commit.stdout.strip() or None, "script_sha256": sha256_of_file(Path(__file__))}  # fmt: skip
 
 
 def write_json(path: Path, content: Dict[str, Any]) -> None:
@@ -2172,8 +2173,8 @@ def read_checkpoint(path: Path, identity: Optional[str] = None) -> Dict[str, Any
     return content
 
 
-def newest_checkpoint(folder: Path, identity: str) -> Optional[Dict[str, Any]]:
-    """last.pt, or last.prev.pt with a warning if last.pt is damaged; None if there is neither."""
+def newest_checkpoint(folder: Path, identity: str) -> Tuple[Optional[Dict[str, Any]], bool]:
+    """-> last.pt, or last.prev.pt with a warning if last.pt is damaged, or None if there is neither; whether it was damaged."""
     problems = []
     for path in (folder / "last.pt", folder / "last.prev.pt"):
         if path.exists():
@@ -2183,10 +2184,10 @@ def newest_checkpoint(folder: Path, identity: str) -> Optional[Dict[str, Any]]:
                 problems.append(str(error))
                 warn(str(error))
                 continue
-            return content
+            return content, bool(problems)
     if problems:
         raise UserError(f"no checkpoint in {folder} can be read: {problems[0]}")
-    return None
+    return None, False
 
 
 def save_checkpoint(folder: Path, content: Dict[str, Any]) -> None:
@@ -2347,9 +2348,10 @@ class Trainer:
         return self.step * self.config.batch_size * self.config.seq_len
 
     # --- folder and checkpoints
-    def _describe(self) -> None:
+    def _describe(self, finished_at_step: int = 0) -> None:
         (self.folder / "config.yaml").write_text(pyrallis.dump(self.config), encoding="utf-8")
-        write_json(self.folder / "config.json", describe_run(self.config, self.identity, self.device))
+        described = describe_run(self.config, self.identity, self.device)
+        write_json(self.folder / "config.json", {**described, "finished_at_step": finished_at_step})
 
     def _extra_state(self) -> Dict[str, Any]:
         """State of the algorithm beyond its model: its own state_dict, or its other modules (target networks)."""
@@ -2382,9 +2384,12 @@ class Trainer:
         save_checkpoint(self.folder, content)
 
     def _resume(self) -> None:
-        content = newest_checkpoint(self.folder, self.identity)
+        content, damaged = newest_checkpoint(self.folder, self.identity)
         if content is not None and content["data"] != self._data_fingerprints():
             raise UserError(f"{self.folder} cannot be resumed: the games in the data folder have changed since")
+        if damaged:  # it must not take the place of the whole one at the next save
+            os.replace(self.folder / "last.pt", self.folder / "last.damaged.pt")
+        self._describe(finished_at_step=read_json(self.folder / "config.json").get("finished_at_step", 0))
         cut_metrics(self.folder / "metrics.jsonl", content["step"] if content else 0)
         if content is None:
             say(f"resuming {self.folder} from its beginning: it holds no checkpoint yet")
@@ -2460,6 +2465,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Held-out loss, then games of every character; writes metrics, arrays and the best weights."""
         row: Dict[str, float] = {}
+        timers = Timers()
         if len(self.heldout_games) and self.config.eval_heldout_frames:
             rows = min(self.config.batch_size, 32)
             loader = self._loader(self.heldout_games, rows, None, gamma_for_returns=self.config.gamma)
@@ -2473,7 +2479,7 @@ class Trainer:
         if self.config.eval_episodes:
             self.pool = self.pool or GamePool(self.config.eval_processes, self.config.eval_workers)
             for character in self.config.characters:
-                with self.timers.measure("times/evaluation_cpu"):
+                with timers.measure("times/evaluation_cpu"):
                     results = play_games(self.pool, self.algorithm.model, character, self.config.eval_episodes, self.config.eval_seed,
                                          self.config.eval_max_steps, self.device, self.config.eval_clear_state, self._check_stop)  # fmt: skip
                 self._save_results(results, character)
@@ -2484,7 +2490,7 @@ class Trainer:
         if scores:
             scores = {"normalized_score": geometric_mean(list(scores.values())), **scores}
             row.update({f"eval/{name}": score for name, score in scores.items()})
-        row.update(self.timers.take())
+        row.update(timers.take())
         self.logger.log(row, self.step, self.transitions)
         heldout = {name[len("heldout/"):]: value for name, value in row.items() if name.startswith("heldout/")}
         if heldout:
