@@ -427,6 +427,14 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 class Timers:
     """Seconds spent in named parts of the loop since the last `take`."""
 
@@ -911,14 +919,6 @@ def store_fingerprint(games: List[GameSource]) -> str:
     return digest.hexdigest()
 
 
-def read_meta(store: Path) -> Dict[str, Any]:
-    try:
-        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
 @contextlib.contextmanager
 def exclusive(lock_path: Path, what: str) -> Iterator[None]:
     """Holds a lock on `lock_path`; the system frees it however the holder ends."""
@@ -1033,7 +1033,7 @@ def open_or_build_store(data_path: Optional[str], store_path: str, character: st
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder.with_name(f".{character}.lock"), f"builds the store of {character}"):
-            if read_meta(folder).get("fingerprint") != store_fingerprint(found.games):
+            if read_json(folder / "meta.json").get("fingerprint") != store_fingerprint(found.games):
                 # Starting a worker costs seconds: small sets are read right here.
                 size = sum({game.path: game.size for game in found.games}.values())  # an HDF5 file holds many games
                 build_store(folder, found, character, workers=min(usable_cores(), len(found.games), size // 4_000_000))
@@ -1061,7 +1061,7 @@ class ChunkStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.meta = read_meta(self.folder)
+        self.meta = read_json(self.folder / "meta.json")
         rebuild = "delete the folder and start again to rebuild it"
         if self.meta.get("format") != STORE_FORMAT:
             raise UserError(f"{folder} is no chunk store of format {STORE_FORMAT}; {rebuild}")
@@ -2100,14 +2100,6 @@ def describe_run(config: TrainConfig, identity: str, device: torch.device) -> Di
 
 def write_json(path: Path, content: Dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def read_json(path: Path) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def run_folder(config: TrainConfig) -> Path:
