@@ -170,6 +170,7 @@ class TrainConfig:
     eval_precision: str = "fp32"  # matrix products when acting on a CPU: fp32, or bf16 (faster, other actions now and then)
     eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
     eval_seed: int = 50  # seed of the evaluation games and of sampled actions
+    eval_record: Optional[str] = None  # folder in which evaluation records its games in NLD-AA's layout
 
     def __post_init__(self) -> None:
         self.character = ",".join(self.characters)  # one spelling, for names and identity
@@ -1748,6 +1749,7 @@ PLAIN_CHARS = np.arange(256, dtype=np.uint8)
 for _plain, _codes in {"#": b"\xb0\xb1\xf0\xf1", "|": b"\xb3\xb4\xc3\xfe", "-": b"\xbf\xc0\xc1\xc2\xc4\xc5\xd9\xda",
                        "{": b"\xf4", "}": b"\xf7", ".": b"\xfa"}.items():  # fmt: skip
     PLAIN_CHARS[list(_codes)] = ord(_plain)
+QUIT = [int(KEY_TO_ACTION[key]) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]  # ESC, ESC, #quit, y
 NO_PROGRESS_STEPS = 1000  # Katakomba's and the NetHack Challenge's: a game is aborted when its turn counter stands still
 
 
@@ -1802,6 +1804,12 @@ class NetHackGame:
                  "length": self.steps, "end": end}  # fmt: skip
         return self._observe(raw), float(reward), True, {**info, **final}
 
+    def quit(self) -> None:
+        """Ends the game with the keys that a person would press: NLE writes no xlogfile line for one that is not over."""
+        for action in 3 * QUIT:
+            if self.env.step(action)[2]:
+                return
+
     def close(self) -> None:
         self.env.close()
 
@@ -1815,6 +1823,18 @@ class GameResult(NamedTuple):
     turns: int
     length: int
     end: str
+
+
+def fresh_folder(wanted: str) -> str:
+    """Makes a folder of this name, or, where there is one, with -2, -3, ... appended: another evaluation's games stay."""
+    number = 1
+    while True:
+        folder = wanted if number == 1 else f"{wanted}-{number}"
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
@@ -1835,10 +1855,10 @@ class Slot:
         self.views, self.row, self.game = views, row, None
         self.queue: List[Tuple[int, int, int]] = []  # (game, core seed, disp seed)
 
-    def begin(self, character: str, queue: List[Tuple[int, int, int]], max_steps: int) -> None:
+    def begin(self, character: str, queue: List[Tuple[int, int, int]], max_steps: int, record: Optional[str] = None) -> None:
+        """`record`: path to which "-<game>" is appended for the folder that each game is recorded in."""
         self.close()
-        self.queue = list(queue)
-        self.game = NetHackGame(character, max_steps=max_steps) if queue else None
+        self.character, self.queue, self.max_steps, self.record = character, list(queue), max_steps, record
         self._next_game()
 
     def _show(self, obs: Optional[Dict[str, np.ndarray]], fresh: bool) -> None:
@@ -1847,11 +1867,15 @@ class Slot:
         self.views["fresh"][self.row], self.views["active"][self.row] = fresh, obs is not None
 
     def _next_game(self) -> None:
-        if not self.queue:
+        if not self.queue or self.record:  # NLE keeps to the folder that it began with
             self.close()
+        if not self.queue:
             self._show(None, False)
             return
         self.number, core, disp = self.queue.pop(0)
+        if self.game is None:
+            folder = fresh_folder(f"{self.record}-{self.number}") if self.record else None
+            self.game = NetHackGame(self.character, folder, self.max_steps)
         self._show(self.game.reset(core, disp), True)
 
     def step(self) -> Optional[GameResult]:
@@ -1863,6 +1887,8 @@ class Slot:
             self._show(obs, False)
             return None
         result = GameResult(self.number, float(info["score"]), info["depth"], info["turns"], info["length"], info["end"])
+        if self.record and result.end != "died":
+            self.game.quit()
         self._next_game()
         return result
 
@@ -1882,9 +1908,9 @@ def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[in
         while True:
             command, *arguments = pipe.recv()
             if command == "begin":
-                character, queues, max_steps = arguments
+                character, queues, *options = arguments
                 for slot in mine:
-                    slot.begin(character, queues[slot.row], max_steps)
+                    slot.begin(character, queues[slot.row], *options)
                 pipe.send([])
             elif command == "step":
                 pipe.send([result for result in (slot.step() for slot in mine) if result is not None])
@@ -1931,10 +1957,10 @@ class GamePool:
         except (EOFError, ConnectionError):
             raise WorkerDied("an evaluation worker has died") from None
 
-    def begin(self, character: str, games: int, eval_seed: int, max_steps: int) -> None:
+    def begin(self, character: str, games: int, eval_seed: int, max_steps: int, record: Optional[str] = None) -> None:
         """Game k is played by slot k % slots: a fixed quota for each slot, so that short games are not over-counted."""
         queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
-        self._ask("begin", character, queues, max_steps)
+        self._ask("begin", character, queues, max_steps, record)
 
     def step(self, actions: np.ndarray) -> List[GameResult]:
         self.views["actions"][:] = actions
@@ -1951,14 +1977,16 @@ class GamePool:
 
 
 def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
-               clear_state: bool = True, check: Callable[[], None] = lambda: None) -> List[GameResult]:  # fmt: skip
+               clear_state: bool = True, check: Callable[[], None] = lambda: None,
+               record: Optional[str] = None) -> List[GameResult]:  # fmt: skip
     """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes.
 
-    `check` is called at every tick and may raise to break the evaluation off.
+    `check` is called at every tick and may raise to break the evaluation off. `record`: game k is recorded in the folder
+    `<record>-<k>`, in NLD-AA's layout; a game that is cut is quit there, so that it too has its line in the xlogfile.
     """
     was_training = model.training
     model.eval()
-    pool.begin(character, games, eval_seed, max_steps)
+    pool.begin(character, games, eval_seed, max_steps, record)
     views, state, results = pool.views, None, []
     previous = np.full(pool.rows, NO_ACTION, dtype=np.int64)
     bar = tqdm(total=games, desc=f"playing {character}", unit="game", leave=False, disable=None)
@@ -2289,6 +2317,20 @@ def learning_rate_at(config: TrainConfig, transitions: int) -> float:
 MAX_SKIPPED_IN_ROW = 50  # fp16 may need some 20 to find its loss scale
 
 
+def recordings_folder(config: TrainConfig) -> Optional[Path]:
+    """The folder of `eval_record`, made if need be. Raises UserError where it cannot be written to."""
+    if config.eval_record is None:
+        return None
+    folder = Path(config.eval_record).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot record games in {folder}: {error.strerror}; give a writable folder with --eval_record") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot record games in {folder}: it is not writable; give a writable folder with --eval_record")
+    return folder
+
+
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived; raised at the next point where the run can be left and resumed."""
 
@@ -2315,6 +2357,7 @@ class Trainer:
         self.step, self.evaluated_step, self.rnn_states, self.best_heldout = 0, 0, {}, math.inf
         self.skipped = self.skipped_in_row = 0
         self.pool: Optional[GamePool] = None
+        self.recordings = recordings_folder(config)
         self.stop_signal: Optional[int] = None
         self.identity = run_identity(config)
         self.folder, resumed, self.lock = choose_run_folder(config, self.identity)
@@ -2471,9 +2514,10 @@ class Trainer:
         if self.config.eval_episodes:
             self.pool = self.pool or GamePool(self.config.eval_processes, self.config.eval_workers)
             for character in self.config.characters:
+                record = self.recordings and str(self.recordings / f"{self.folder.name}-step{self.step}-{character}")
                 with timers.measure("times/evaluation_cpu"):
                     results = play_games(self.pool, self.algorithm.model, character, self.config.eval_episodes, self.config.eval_seed,
-                                         self.config.eval_max_steps, self.device, self.config.eval_clear_state, self._check_stop)  # fmt: skip
+                                         self.config.eval_max_steps, self.device, self.config.eval_clear_state, self._check_stop, record)  # fmt: skip
                 self._save_results(results, character)
                 summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"

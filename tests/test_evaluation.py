@@ -449,6 +449,51 @@ def test_names_and_the_mean_over_characters():
     assert pomdp.geometric_mean([0.5, 0.0]) == 0.0 and not math.isnan(pomdp.geometric_mean([-0.1, 0.2]))
 
 
+# --- games are kept
+def test_recorded_games_are_the_same_games_and_can_be_read(pools, tmp_path):
+    """Results and all that the model saw are those of an evaluation that keeps nothing; a cut game is whole as well."""
+    plain, recorded = Watched(Player(greedy=False)), Watched(Player(greedy=False))
+    results = play(pools[2], plain)
+    record = str(tmp_path / "kept")
+    assert play_games(pools[2], recorded, "mon-hum-neu", 7, 50, 60, CPU, record=record) == results
+    assert recorded.fingerprint.digest() == plain.fingerprint.digest()
+    assert {result.end for result in results} == {"step limit"}, "no game had to be quit: this shows nothing"
+    found = pomdp.find_nld_games(tmp_path, "mon-hum-neu")
+    assert sorted(Path(game.path).parent.name for game in found.games) == [f"kept-{k}" for k in range(7)] and not found.problems
+    for game, result in zip(sorted(found.games), results):
+        frames = list(pomdp.frames_of_play(pomdp.read_ttyrec(game.path)))
+        assert 60 < sum(len(part.actions) for part in frames) <= 60 + 3 * len(pomdp.QUIT)  # and the keys that quit it
+        first = 60 * (result.game // SLOTS)
+        chosen = [nethack.ACTIONS[actions[result.game % SLOTS]] for actions in recorded.actions[first : first + 60]]
+        assert [nethack.ACTIONS[action] for action in frames[0].actions[:60]] == chosen  # keys: three have two actions
+        assert frames[0].scores[60] == result.score
+
+
+def test_nle_s_own_reader_finds_recorded_games(pools, tmp_path):
+    """Games that ended by themselves; repeats of an evaluation take nothing away."""
+    from nle import dataset
+
+    for _ in range(2):
+        results = play_games(pools[2], Scripted(), "val-hum-neu", 4, 50, 10**6, CPU, record=str(tmp_path / "data" / "kept"))
+    assert {result.end for result in results} == {"died"}
+    assert len(list((tmp_path / "data").iterdir())) == 8
+    db = str(tmp_path / "games.db")
+    dataset.db.create(db)
+    dataset.add_nledata_directory(str(tmp_path / "data"), "kept", db)
+    assert len(dataset.TtyrecDataset("kept", batch_size=1, seq_length=8, dbfilename=db).get_meta(1)) > 0
+    with dataset.db.connect(db) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM games").fetchone() == (8,)
+
+
+def test_recording_is_not_part_of_a_run_s_identity_and_its_folder_is_checked(tmp_path):
+    config = pomdp.TrainConfig(eval_record=str(tmp_path / "new" / "kept"))
+    assert pomdp.run_identity(config) == pomdp.run_identity(pomdp.TrainConfig())
+    assert pomdp.recordings_folder(config).is_dir() and pomdp.recordings_folder(pomdp.TrainConfig()) is None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pomdp.UserError, match="--eval_record"):
+        pomdp.recordings_folder(pomdp.TrainConfig(eval_record=str(tmp_path / "file")))
+
+
 # --- nothing is left behind
 def wait_until(condition, seconds=30):
     end = time.monotonic() + seconds
