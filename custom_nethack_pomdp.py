@@ -48,6 +48,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -534,6 +535,7 @@ VITALS = re.compile(  # depth | level of the quest | place; gold, HP, maximum, P
     rb"^(?:Dl(?:vl)?:(-?\d+)|Home (\d+)|(Fort Ludios|Earth|Air|Fire|Water|Astral Plane))\s+"
     rb"\S:(\d+) HP:(-?\d+)\((\d+)\) Pw:(-?\d+)\((\d+)\) AC:(-?\d+)\s+(?:Xp:(\d+)(?:/(\d+))?|HD:(\d+))(?: T:(\d+))?(.*)$"
 )
+BLSTATS_RECORD, TURN, ONE = struct.Struct(f"{NUM_BLSTATS}i"), slice(80, 84), (1).to_bytes(4, sys.byteorder)  # place 20
 ALIGNMENT = {b"Lawful": 1, b"Neutral": 0, b"Chaotic": -1, None: 0}
 PLANES = {b"Earth": -1, b"Air": -2, b"Fire": -3, b"Water": -4, b"Astral Plane": -5}  # their depth in NetHack
 STATUS_WORDS: Dict[bytes, Tuple[int, int]] = {}  # word -> (place in blstats, value or bit)
@@ -584,33 +586,42 @@ class StatusReader:
     MEMORY = 16_384  # rows remembered of each kind
 
     def __init__(self) -> None:
-        self.known: List[Dict[bytes, int]] = [{}, {}]  # upper and lower rows -> their line in the tables
-        self.tables = [np.zeros((64, NUM_BLSTATS), dtype=np.int32) for _ in range(2)]
+        self.known: List[Dict[bytes, bytes]] = [{}, {}]  # upper and lower rows -> what they say, NUM_BLSTATS int32
 
-    def _learn(self, kind: int, row: bytes) -> int:
-        known, table = self.known[kind], self.tables[kind]
-        place = known[row] = len(known)
-        if place == len(table):
-            self.tables[kind] = table = np.concatenate([table, np.zeros_like(table)])
-        table[place] = 0
-        for field_number, value in (parse_lower_status if kind else parse_upper_status)(row).items():
-            table[place, field_number] = max(-(2**31), min(value, 2**31 - 1))
-        return place
+    def _parse(self, kind: int, row: bytes) -> bytes:
+        stats = [0] * NUM_BLSTATS
+        for place, value in (parse_lower_status if kind else parse_upper_status)(row).items():
+            stats[place] = value if -(2**31) <= value < 2**31 else max(-(2**31), min(value, 2**31 - 1))
+        said = self.known[kind][row] = BLSTATS_RECORD.pack(*stats)
+        return said
+
+    def _learn(self, kind: int, row: bytes) -> bytes:
+        """Most new rows differ from a known one in the turn alone: the row of turn 1 is parsed, the turn then put in."""
+        head, mark, tail = row.partition(b" T:")
+        turn, space, words = tail.partition(b" ")
+        if not (kind and space and turn.isdigit() and len(turn) < 10):
+            return self._parse(kind, row)
+        first = head + b" T:1 " + words
+        said = self.known[1].get(first) or self._parse(1, first)
+        if said[TURN] == ONE:
+            said = said[: TURN.start] + int(turn).to_bytes(4, sys.byteorder) + said[TURN.stop :]
+        self.known[1][row] = said
+        return said
 
     def __call__(self, chars: np.ndarray) -> np.ndarray:
         """chars [n, 24, 80] uint8 -> [n, 27] int32, all zeros where a menu hides the status lines.
 
         Places as in NLE (blstats.h); what the screen does not show (position 0/1, score 9, dungeon 23) stays 0.
         """
-        stats = np.zeros((len(chars), NUM_BLSTATS), dtype=np.int32)
+        parts = []
         for kind in (0, 1):
-            rows = np.ascontiguousarray(chars[:, 22 + kind]).view(f"V{COLS}").ravel().tolist()
-            known = self.known[kind]
-            if len(known) + len(rows) > self.MEMORY:
+            text, known = chars[:, 22 + kind].tobytes(), self.known[kind]
+            if len(known) + len(chars) > self.MEMORY:
                 known.clear()
-            places = [known[row] if row in known else self._learn(kind, row) for row in rows]
-            stats += self.tables[kind][places]  # the two kinds fill different places
-        return stats
+            rows = [text[start : start + COLS] for start in range(0, len(text), COLS)]
+            said = b"".join([known.get(row) or self._learn(kind, row) for row in rows])
+            parts.append(np.frombuffer(said, dtype=np.int32).reshape(-1, NUM_BLSTATS))
+        return parts[0] + parts[1]  # the two kinds fill different places
 
 
 # --- games as recorded
@@ -746,7 +757,8 @@ def frames_of_play(pieces: Iterator[Frames]) -> Iterator[Frames]:
 # --- encoding
 BLOCK = 64  # frames compressed together: more make the store smaller, but a row decodes a block to read one chunk
 ZSTD_LEVEL = 3  # on AutoAscend's games smaller than level 1 and as fast to write; level 6 takes three times as long
-BLOCK_HEADER = np.dtype([("crc", "<u4"), ("previous", "u1"), ("frames", "u1"), ("unused", "<u2")])  # crc: of all that follows it
+BLOCK_HEADER = struct.Struct("<IBBH")  # crc of all that follows it, previous action, frames, unused
+FRAME_BYTES = 2 * CELLS + 4 * NUM_BLSTATS + 2 + 1  # characters, colours, blstats, cursor, action
 
 
 class EncodedGame(NamedTuple):
@@ -940,7 +952,7 @@ def encode_all(games: List[GameSource], workers: int) -> Iterator[Any]:
     context = multiprocessing.get_context("spawn")
     waiting = list(games)
     while waiting:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=keep_freed_memory) as pool:
             futures = [pool.submit(encode_game, game) for game in waiting]
             done = 0
             try:
@@ -1100,17 +1112,16 @@ class ChunkStore:
             self.local.decompressor = zstandard.ZstdDecompressor()
         place = int(self.first_blocks[game]) + number
         begin, end = int(self.block_offsets[place]), int(self.block_offsets[place + 1])
-        stored = os.pread(self.file.fileno(), end - begin, begin)
-        header = np.frombuffer(stored[: BLOCK_HEADER.itemsize].ljust(BLOCK_HEADER.itemsize), dtype=BLOCK_HEADER)[0]
-        n, size = int(header["frames"]), 2 * CELLS + 4 * NUM_BLSTATS + 3
-        if zlib.crc32(stored[4:]) != header["crc"]:
+        stored = memoryview(os.pread(self.file.fileno(), end - begin, begin))
+        crc, previous, n, _ = BLOCK_HEADER.unpack_from(bytes(stored[: BLOCK_HEADER.size]).ljust(BLOCK_HEADER.size))
+        if zlib.crc32(stored[4:]) != crc:
             raise UserError(f"the chunk store {self.folder} is damaged (block {place}); delete the folder and start again")
-        raw = self.local.decompressor.decompress(stored[BLOCK_HEADER.itemsize :], max_output_size=n * size)
-        edges = np.cumsum([0, n * CELLS, n * CELLS, 4 * n * NUM_BLSTATS, 2 * n, n])
-        planes = [np.frombuffer(raw, kind, (stop - start) // np.dtype(kind).itemsize, start)
-                  for kind, start, stop in zip((np.uint8, np.int8, np.int32, np.uint8, np.uint8), edges, edges[1:])]  # fmt: skip
-        return Block(planes[0].reshape(n, ROWS, COLS), planes[1].reshape(n, ROWS, COLS), planes[2].reshape(NUM_BLSTATS, n).T,
-                     planes[3].reshape(n, 2), planes[4], int(header["previous"]))  # fmt: skip
+        raw = self.local.decompressor.decompress(stored[BLOCK_HEADER.size :], max_output_size=n * FRAME_BYTES)
+        colors, blstats, cursor, actions = n * CELLS, 2 * n * CELLS, n * (2 * CELLS + 4 * NUM_BLSTATS), n * (FRAME_BYTES - 1)
+        return Block(np.frombuffer(raw, np.uint8, n * CELLS).reshape(n, ROWS, COLS),
+                     np.frombuffer(raw, np.int8, n * CELLS, colors).reshape(n, ROWS, COLS),
+                     np.frombuffer(raw, np.int32, n * NUM_BLSTATS, blstats).reshape(NUM_BLSTATS, n).T,
+                     np.frombuffer(raw, np.uint8, n * 2, cursor).reshape(n, 2), np.frombuffer(raw, np.uint8, n, actions), previous)  # fmt: skip
 
 
 class Games:
@@ -1204,22 +1215,19 @@ class ChunkLoader:
         self.reward_scale, self.clip_range, self.gamma_for_returns = reward_scale, clip_range, gamma_for_returns
         self.pin, self.threads = pin, threads
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self.cache: List[Dict[Tuple[int, int], Block]] = [{} for _ in range(self.batch_size)]
-        self.rewards_of: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
+        self.current: List[Tuple[int, int, Optional[Block]]] = [(-1, -1, None)] * self.batch_size  # game, number, block of each row
         self.returns_of: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
 
-    def _scaled_rewards(self, game: int) -> Tuple[np.ndarray, np.ndarray]:
-        if game not in self.rewards_of:
-            store, number = self.games.places[game]
-            at, values = store.rewards(number)
-            self.rewards_of[game] = (at, np.clip(values / self.reward_scale, -self.clip_range, self.clip_range).astype(np.float32))
-        return self.rewards_of[game]
+    def _scaled(self, rewards: np.ndarray) -> np.ndarray:
+        return np.clip(rewards / self.reward_scale, -self.clip_range, self.clip_range).astype(np.float32)
 
     def _returns(self, game: int, frames: np.ndarray) -> np.ndarray:
         """Exact discounted return-to-go of the scaled rewards at these frames."""
         gamma = float(self.gamma_for_returns or 0.0)
         if game not in self.returns_of:
-            at, values = self._scaled_rewards(game)
+            store, number = self.games.places[game]
+            at, values = store.rewards(number)
+            values = self._scaled(values)
             to_go = np.zeros(len(at) + 1)
             for index in range(len(at) - 1, -1, -1):
                 later = gamma ** float(at[index + 1] - at[index]) * to_go[index + 1] if index + 1 < len(at) else 0.0
@@ -1229,35 +1237,41 @@ class ChunkLoader:
         following = np.searchsorted(at[:-1], frames)
         return np.where(to_go[following] != 0.0, gamma ** np.maximum(at[following] - frames, 0.0), 0.0) * to_go[following]
 
-    def _fill_row(self, batch: Dict[str, np.ndarray], row: int, game: int, first: int, start: bool) -> None:
-        """Writes frames first .. first + T of the game into one row of the (zeroed where needed) batch."""
-        steps = self.seq_len + 1
+    def _block(self, row: int, game: int, number: int) -> Block:
+        """Decodes a block once for all chunks of a row that lie in it."""
+        known_game, known_number, block = self.current[row]
+        if block is None or known_game != game or known_number != number:
+            store, index = self.games.places[game]
+            block = store.block(index, number)
+            self.current[row] = (game, number, block)
+        return block
+
+    def _fill_row(self, batch: Dict[str, np.ndarray], row: int, game: int, first: int) -> None:
+        """Writes frames first .. first + T of the game into one row of the batch; what lies beyond its end is set to 0."""
         store, number = self.games.places[game]
-        stop = min(first + steps, int(store.frames[number]))
-        cache, needed = self.cache[row], {}
-        for block_number in range(first // BLOCK, (stop - 1) // BLOCK + 1):
-            key = (game, block_number)
-            needed[key] = block = cache.get(key) or store.block(number, block_number)
-            begin, end = max(first, block_number * BLOCK), min(stop, (block_number + 1) * BLOCK)
-            here, there = slice(begin - first, end - first), slice(begin - block_number * BLOCK, end - block_number * BLOCK)
+        end = int(store.frames[number])
+        stop, position = min(first + self.seq_len + 1, end), first
+        while position < stop:
+            block, inside = self._block(row, game, position // BLOCK), position % BLOCK
+            count = min(stop - position, BLOCK - inside)
+            here, there = slice(position - first, position - first + count), slice(inside, inside + count)
             batch["tty_chars"][row, here] = block.chars[there]
             batch["tty_colors"][row, here] = block.colors[there]
             batch["tty_cursor"][row, here] = block.cursor[there]
             batch["blstats"][row, here] = block.blstats[there]
-            actions = block.actions[there]
-            known = actions != UNKNOWN_KEY
-            batch["actions"][row, here] = np.where(known, actions, 0)
-            batch["mask"][row, here] = known
-            if begin == first:
-                before = block.actions[first % BLOCK - 1] if first % BLOCK else block.previous
-                batch["prev_actions"][row, 0] = NO_ACTION if start or before == UNKNOWN_KEY else before
-        self.cache[row] = needed
-        for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats"):
-            batch[name][row, stop - first :] = 0
-        at, values = self._scaled_rewards(game)
-        low, high = np.searchsorted(at, (first, stop))
-        batch["rewards"][row, at[low:high] - first] = values[low:high]
-        batch["dones"][row, stop - first - 1] = stop == store.frames[number]
+            batch["keys"][row, here] = block.actions[there]
+            if position == first:
+                batch["previous"][row] = block.actions[inside - 1] if inside else block.previous
+            position += count
+        if stop == end:
+            batch["dones"][row, stop - first - 1] = True
+            for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats"):
+                batch[name][row, stop - first :] = 0
+        at, rewards = store.rewards(number)
+        low = at.searchsorted(first)
+        if low < len(at) and at[low] < stop:
+            high = at.searchsorted(stop)
+            batch["rewards"][row, at[low:high] - first] = self._scaled(rewards[low:high])
         if self.gamma_for_returns is not None:
             batch["returns"][row, : stop - first] = self._returns(game, np.arange(first, stop))
 
@@ -1271,15 +1285,16 @@ class ChunkLoader:
         if self.gamma_for_returns is not None:
             small["returns"] = torch.float32
         tensors.update({name: torch.zeros((B, steps), dtype=kind, pin_memory=self.pin) for name, kind in small.items()})
-        tensors["prev_actions"] = torch.full((B, 1), NO_ACTION, dtype=torch.int64)
         game, first, starts = (array[self.rows] for array in self.plan.locate(step))
         tensors["starts"] = torch.from_numpy(np.ascontiguousarray(starts))
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays["keys"] = np.full((B, steps), UNKNOWN_KEY, dtype=np.uint8)  # as stored: an action or UNKNOWN_KEY
+        arrays["previous"] = np.full(B, NO_ACTION, dtype=np.uint8)
 
         def fill(rows: range) -> None:
             for row in rows:
                 if game[row] >= 0:
-                    self._fill_row(arrays, row, int(self.chosen[game[row]]), int(first[row]), bool(starts[row]))
+                    self._fill_row(arrays, row, int(self.chosen[game[row]]), int(first[row]))
                 else:
                     for name in shapes:
                         arrays[name][row] = 0
@@ -1288,6 +1303,10 @@ class ChunkLoader:
             fill(range(B))
         else:
             list(self.pool.map(fill, [range(B)[part :: self.threads] for part in range(self.threads)]))
+        np.not_equal(arrays["keys"], UNKNOWN_KEY, out=arrays["mask"])
+        np.multiply(arrays["keys"], arrays["mask"], out=arrays["actions"], casting="unsafe")
+        previous = np.where(starts | (arrays["previous"] == UNKNOWN_KEY), NO_ACTION, arrays["previous"])
+        tensors["prev_actions"] = torch.from_numpy(previous.astype(np.int64)[:, None])
         return tensors
 
     def stream(self, first_step: int, ahead: int = 2) -> Iterator[Batch]:
