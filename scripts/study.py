@@ -56,12 +56,12 @@ STUDY_KEYS = ("name", "base", "rnn_hidden_dim", "characters", "together", "seeds
 ARM_KEYS = ("seeds", "games")  # an arm may have its own, beside TrainConfig's fields
 # Set by the study itself or on the command line: a study's file has no paths and no names of runs.
 NOT_IN_STUDY = ("character", "train_seed", "data_path", "store_path", "checkpoints_path", "group", "name", "version", "resume",
-                "keep_checkpoints", "rnn_hidden_dim", "rnn_layers", "render_processes", "data_mode")  # fmt: skip
+                "keep_checkpoints", "eval_record", "rnn_hidden_dim", "rnn_layers", "render_processes", "data_mode")  # fmt: skip
 # How games are played: may differ between evaluations of the same weights.
 ACTING = ("eval_processes", "eval_max_steps", "eval_clear_state", "eval_precision", "eval_seed")
 # What shapes no result: how a run is watched, where it runs, and what the study counts apart.
 NOT_SETTINGS = (*NOT_IN_STUDY, "project", "log_every", "checkpoint_every", "data_workers", "device", "eval_workers", "eval_episodes",
-                "eval_record", "submission")  # fmt: skip
+                "submission")  # fmt: skip
 DEFAULT_VARIANT = "default"
 ENDS = ("died", "no progress", "step limit")
 
