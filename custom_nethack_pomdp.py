@@ -613,15 +613,16 @@ class StatusReader:
 
         Places as in NLE (blstats.h); what the screen does not show (position 0/1, score 9, dungeon 23) stays 0.
         """
-        parts = []
-        for kind in (0, 1):
-            text, known = chars[:, 22 + kind].tobytes(), self.known[kind]
-            if len(known) + len(chars) > self.MEMORY:
+        said: List[List[bytes]] = [[], []]
+        text = chars[:, 22:].tobytes()
+        for kind, known in enumerate(self.known):
+            if len(known) + 2 * len(chars) > self.MEMORY:
                 known.clear()
-            rows = [text[start : start + COLS] for start in range(0, len(text), COLS)]
-            said = b"".join([known.get(row) or self._learn(kind, row) for row in rows])
-            parts.append(np.frombuffer(said, dtype=np.int32).reshape(-1, NUM_BLSTATS))
-        return parts[0] + parts[1]  # the two kinds fill different places
+            for start in range(kind * COLS, len(text), 2 * COLS):
+                row = text[start : start + COLS]
+                said[kind].append(known.get(row) or self._learn(kind, row))
+        upper, lower = (np.frombuffer(b"".join(records), dtype=np.int32) for records in said)
+        return (upper + lower).reshape(-1, NUM_BLSTATS)  # the two kinds fill different places
 
 
 # --- games as recorded
@@ -1761,7 +1762,9 @@ def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
 # ======================================================================================================================
 # FIXED: the game and its evaluation
 # ======================================================================================================================
-OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
+OBSERVATION_SHAPES = {"tty_chars": (np.uint8, ROWS, COLS), "tty_colors": (np.int8, ROWS, COLS), "tty_cursor": (np.uint8, 2),
+                      "blstats": (np.int32, NUM_BLSTATS)}  # fmt: skip
+OBSERVATIONS = tuple(OBSERVATION_SHAPES)
 # nle.dataset shows line-drawing bytes as plain characters, the live terminal does not. They appear only where the player
 # typed such a byte himself; with this table live screens equal recorded ones there too.
 PLAIN_CHARS = np.arange(256, dtype=np.uint8)
@@ -1775,26 +1778,34 @@ NO_PROGRESS_STEPS = 1000  # Katakomba's and the NetHack Challenge's: a game is a
 class NetHackGame:
     """One game of the NetHack Challenge's kind that can be seeded; the same on nle 0.9 (gym) and 1.x (gymnasium).
 
-    Observations are fresh arrays: tty_chars [24, 80] uint8, tty_colors [24, 80] int8, tty_cursor [2] uint8 and blstats
-    [27] int32 as read off the status lines, just as they come from recorded games. `savedir` records in NLD-AA's layout.
+    Observations are tty_chars [24, 80] uint8, tty_colors [24, 80] int8, tty_cursor [2] uint8 and blstats [27] int32 as
+    read off the status lines, just as they come from recorded games: fresh arrays, or those given as `into`, written over
+    at every step. `savedir` records in NLD-AA's layout.
     """
 
-    def __init__(self, character: str, savedir: Optional[str] = None, max_steps: int = 1_000_000) -> None:
+    def __init__(self, character: str, savedir: Optional[str] = None, max_steps: int = 1_000_000,
+                 into: Optional[Dict[str, np.ndarray]] = None) -> None:  # fmt: skip
         options: Dict[str, Any] = dict(character=character, actions=nethack.ACTIONS, allow_all_modes=True, allow_all_yn_questions=True,
                                        penalty_step=0.0, penalty_time=0.0, max_episode_steps=10**9, savedir=savedir,
                                        save_ttyrec_every=1 if savedir else 0, observation_keys=OBSERVATIONS)  # fmt: skip
         if "fix_moon_phase" in inspect.signature(NLE.__init__).parameters:
             options["fix_moon_phase"] = True  # otherwise the date enters the game
         self.env = NetHackScore(**options)
-        self.read_status = StatusReader()
-        self.max_steps = max_steps
+        self.read_status, self.status_lines, self.status = StatusReader(), b"", np.zeros(NUM_BLSTATS, dtype=np.int32)
+        self.max_steps, self.into = max_steps, into
         self.steps = self.score = self.still = 0
         self.last_blstats = np.zeros(NUM_BLSTATS, dtype=np.int64)  # NLE's own, for bookkeeping; the agent never sees them
 
     def _observe(self, raw: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        chars = PLAIN_CHARS[raw["tty_chars"]]  # copies, like the others: NLE writes the next frame into the same arrays
-        return {"tty_chars": chars, "tty_colors": raw["tty_colors"].copy(), "tty_cursor": raw["tty_cursor"].astype(np.uint8),
-                "blstats": self.read_status(chars[None])[0]}  # fmt: skip
+        """Copies, since NLE writes the next frame into the same arrays."""
+        obs = self.into or {name: np.empty(shape, kind) for name, (kind, *shape) in OBSERVATION_SHAPES.items()}
+        PLAIN_CHARS.take(raw["tty_chars"], out=obs["tty_chars"], mode="clip")  # without a mode numpy buffers the result
+        obs["tty_colors"][:], obs["tty_cursor"][:] = raw["tty_colors"], raw["tty_cursor"]
+        lines = obs["tty_chars"][22:].tobytes()
+        if lines != self.status_lines:  # they change at every second step or so
+            self.status_lines, self.status = lines, self.read_status(obs["tty_chars"][None])[0]
+        obs["blstats"][:] = self.status
+        return obs
 
     def reset(self, core_seed: int, disp_seed: int) -> Dict[str, np.ndarray]:
         """Begins the game of these two seeds."""
@@ -1802,7 +1813,7 @@ class NetHackGame:
         raw = self.env.reset()
         raw = raw[0] if isinstance(raw, tuple) else raw
         self.steps = self.score = self.still = 0
-        self.last_blstats = raw["blstats"].copy()
+        self.last_blstats[:] = raw["blstats"]
         return self._observe(raw)
 
     def step(self, action: int) -> Tuple[Dict[str, np.ndarray], float, bool, Dict[str, Any]]:
@@ -1813,8 +1824,9 @@ class NetHackGame:
         self.score += int(reward)
         over = bool(done)
         if not over:
-            self.still = 0 if raw["blstats"][20] != self.last_blstats[20] else self.still + 1
-            self.last_blstats = raw["blstats"].copy()
+            blstats = raw["blstats"]
+            self.still = 0 if blstats[20] != self.last_blstats[20] else self.still + 1
+            self.last_blstats[:] = blstats
         stuck, cut = self.still >= NO_PROGRESS_STEPS, self.steps >= self.max_steps
         end = "died" if over else "no progress" if stuck else "step limit" if cut else None
         if end is None:
@@ -1862,8 +1874,7 @@ def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
 
 def observation_views(shared: Dict[str, Any], slots: int) -> Dict[str, np.ndarray]:
     """Arrays [slots, ...] over memory that the main process shares with its workers."""
-    shapes = {"tty_chars": (np.uint8, ROWS, COLS), "tty_colors": (np.int8, ROWS, COLS), "tty_cursor": (np.uint8, 2),
-              "blstats": (np.int32, NUM_BLSTATS), "actions": (np.int64,), "fresh": (np.bool_,), "active": (np.bool_,)}  # fmt: skip
+    shapes = {**OBSERVATION_SHAPES, "actions": (np.int64,), "fresh": (np.bool_,), "active": (np.bool_,)}
     return {name: np.frombuffer(shared[name], dtype=kind).reshape((slots, *shape)) for name, (kind, *shape) in shapes.items()}
 
 
@@ -1871,7 +1882,8 @@ class Slot:
     """Plays one slot's games, one after another, into one row of the shared arrays."""
 
     def __init__(self, views: Dict[str, np.ndarray], row: int) -> None:
-        self.views, self.row, self.game = views, row, None
+        self.screen = {name: views[name][row] for name in OBSERVATIONS}
+        self.actions, self.fresh, self.active, self.row, self.game = views["actions"], views["fresh"], views["active"], row, None
         self.queue: List[Tuple[int, int, int]] = []  # (game, core seed, disp seed)
 
     def begin(self, character: str, queue: List[Tuple[int, int, int]], max_steps: int, record: Optional[str] = None) -> None:
@@ -1880,30 +1892,27 @@ class Slot:
         self.character, self.queue, self.max_steps, self.record = character, list(queue), max_steps, record
         self._next_game()
 
-    def _show(self, obs: Optional[Dict[str, np.ndarray]], fresh: bool) -> None:
-        for name in OBSERVATIONS:
-            self.views[name][self.row] = 0 if obs is None else obs[name]
-        self.views["fresh"][self.row], self.views["active"][self.row] = fresh, obs is not None
-
     def _next_game(self) -> None:
         if not self.queue or self.record:  # NLE keeps to the folder that it began with
             self.close()
+        self.fresh[self.row] = self.active[self.row] = bool(self.queue)
         if not self.queue:
-            self._show(None, False)
+            for array in self.screen.values():
+                array[:] = 0
             return
         self.number, core, disp = self.queue.pop(0)
         if self.game is None:
             folder = fresh_folder(f"{self.record}-{self.number}") if self.record else None
-            self.game = NetHackGame(self.character, folder, self.max_steps)
-        self._show(self.game.reset(core, disp), True)
+            self.game = NetHackGame(self.character, folder, self.max_steps, into=self.screen)
+        self.game.reset(core, disp)
 
     def step(self) -> Optional[GameResult]:
         """Takes the row's action; the result of the game if it ended by it."""
         if self.game is None:
             return None
-        obs, _, done, info = self.game.step(int(self.views["actions"][self.row]))
+        self.fresh[self.row] = False
+        _, _, done, info = self.game.step(int(self.actions[self.row]))
         if not done:
-            self._show(obs, False)
             return None
         result = GameResult(self.number, float(info["score"]), info["depth"], info["turns"], info["length"], info["end"])
         if self.record and result.end != "died":
