@@ -28,7 +28,7 @@ import study
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import UserError
 
-REFERENCES = "bc,cql,iql"
+REFERENCES = "bc,cql,iql,ours"
 RESAMPLES = 5_000
 
 
@@ -294,6 +294,15 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     rule = [":---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(line).replace("\n", " ") + " |" for line in [header, rule, *lines])
+
+
+def known_references(arms: Sequence[Arm], names: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Those of the names that some arm can be compared with, and remarks on names that stand for several arms."""
+    chosen = {name: [choose_references(arm, arms, [name])[0] for arm in arms] for name in names}
+    candidates = {name: [arm for arm in arms if (arm.algorithm, arm.variant) == (name, study.DEFAULT_VARIANT)] for name in names}
+    remarks = [f"{len(arms_of_it)} arms are named {name!r}: nothing is compared with it where it is not clear which is meant."
+               for name, arms_of_it in candidates.items() if len({arm.group for arm in arms_of_it}) < len(arms_of_it)]  # fmt: skip
+    return [name for name in names if any(chosen[name])], remarks
 
 
 def summary_table(arms: Sequence[Arm], characters: Sequence[str], references: Sequence[str], resamples: int) -> str:
@@ -598,6 +607,7 @@ def draw_distributions(arms: Sequence[Arm], characters: Sequence[str], out: Path
                     axis.plot(np.concatenate([[1.0], scores]), share, drawstyle="steps-post", markevery=max(1, len(scores) // 6),
                               **{**look[arm.label], "markersize": 5})  # fmt: skip
             axis.set_xscale("log")
+            axis.set_xlim(left=0.9)
             axis.set_ylim(-0.02, 1.02)
             if row == 0:
                 axis.set_title(character)
@@ -625,6 +635,8 @@ CAPTIONS = {
 def write_report(rows: Sequence[Dict[str, Any]], out: Path, references: Sequence[str], resamples: int) -> Path:
     """Writes report.md and the figures into `out`; returns the report's path."""
     arms, remarks = collect(rows)
+    references, unclear = known_references([arm for arm in arms if any(row["scores"] for row in arm.rows)], references)
+    remarks.extend(unclear)
     characters = list(dict.fromkeys(character for arm in arms for row in arm.rows for character in row["scores"]))
     out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(arm.group for arm in arms if arm.group))
