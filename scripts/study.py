@@ -6,7 +6,7 @@
 
 Each training is a process of its own, and so is each set of games: a crash loses one of them and no more. A training that was
 cut goes on from its checkpoint. The weights that play are those of the lowest held-out loss (best.pt), never those of the
-best score. Every finished set of games is one line of JSON in scripts/results/<study>.jsonl; a line that is there is not made
+best score. All of it runs a copy of the scripts that is made at the start, so they may be edited meanwhile. Every finished set of games is one line of JSON in scripts/results/<study>.jsonl; a line that is there is not made
 again. The runs go seed by seed and character by character over all arms, so that arms can be compared early.
 
 A study's file (scripts/studies/*.yaml):
@@ -392,14 +392,8 @@ def cpu_name() -> Optional[str]:
     return None
 
 
-def git_modified(files: Sequence[Path]) -> Optional[bool]:
-    """Whether one of the files differs from the commit; None outside of git."""
-    code = subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", *map(str, files)], capture_output=True).returncode
-    return {0: False, 1: True}.get(code)
-
-
 def make_row(study: Study, run: Run, playing: Playing, folder: Path, played: Dict[str, Any], data: Dict[str, Any],
-             modified: Optional[bool]) -> Dict[str, Any]:  # fmt: skip
+             code: "Code") -> Dict[str, Any]:  # fmt: skip
     """The line of the results file for one set of games."""
     described, metrics = pomdp.read_json(folder / "config.json"), read_metrics(folder)
     chosen = next(row for row in metrics if row["step"] == played["step"] and any(name.startswith("heldout/") for name in row))
@@ -413,7 +407,7 @@ def make_row(study: Study, run: Run, playing: Playing, folder: Path, played: Dic
         "settings": settings_hash(run, playing), "config": row_config(run, playing),
         "evaluation": {**{name: getattr(playing.config, name) for name in ACTING}, "games": playing.games,
                        "temperature": played["temperature"]},
-        "commit": described.get("commit"), "modified": modified, "script_sha256": described.get("script_sha256"), "command": command,
+        "commit": code.commit, "modified": code.modified, "script_sha256": described.get("script_sha256"), "command": command,
         "hardware": {**described.get("hardware", {}), "cpu": cpu_name()}, "versions": described.get("versions"),
         "rnn_hidden_dim": run.config.rnn_hidden_dim, "data": data,
         "transitions": metrics[-1]["transitions"], "best_transitions": chosen["transitions"],
@@ -443,12 +437,23 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def finished_folder(config: TrainConfig) -> Optional[Path]:
+    """The folder of this training if it was finished, by this very script, and its best weights are still there."""
+    identity = pomdp.run_identity(config)
+    for folder in pomdp.siblings(pomdp.run_folder(config)):
+        described = pomdp.read_json(folder / "config.json")
+        finished = described.get("identity") == identity and described.get("finished_at_step") == config.update_steps
+        if finished and (folder / "best.pt").is_file():
+            return folder
+    return None
+
+
 def train_one(file: str) -> None:
     """Trains as the main script does, or goes on with what was begun; writes the run's folder to the task's result."""
     task, config = read_task(file)
     pomdp.keep_freed_memory()
-    folder = pomdp.train(config)
-    pomdp.write_json(Path(task["result"]), {"folder": str(folder)})
+    folder = finished_folder(config) or pomdp.train(config)
+    pomdp.write_json(Path(task["result"]), {"folder": str(folder), "identity": pomdp.run_identity(config)})
 
 
 def play_one(file: str) -> None:
@@ -494,10 +499,35 @@ class TaskFailed(Exception):
     """A process of the study ended with an error; the argument is its last line."""
 
 
+class Code:
+    """A copy of the scripts that the study runs, made as it begins: edits while it runs must not get into some of its runs."""
+
+    def __init__(self, folder: Path, submissions: Sequence[str]) -> None:
+        places = {"custom_nethack_pomdp.py": Path(pomdp.__file__), "scripts/study.py": Path(__file__)}
+        self.submissions = {}
+        for submission in submissions:
+            self.submissions[submission] = name = f"submissions/{pomdp.sha256_of_file(Path(submission))[:8]}-{Path(submission).name}"
+            places[name] = Path(submission)
+        contents = {name: path.read_bytes() for name, path in places.items()}
+        self.folder = folder / f"code-{hash_of({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})[:8]}"
+        for name, content in contents.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            pomdp.write_atomically(self.folder / name, lambda file, content=content: file.write(content))
+        git = ["git", "-C", str(ROOT)]
+        self.commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+        differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *map(str, places.values())], capture_output=True).returncode
+        self.modified = {0: False, 1: True}.get(differs)  # None outside of git
+        self.script = self.folder / "scripts" / "study.py"
+
+    def submission(self, path: Optional[str]) -> Optional[str]:
+        return str(self.folder / self.submissions[path]) if path else None
+
+
 class Processes:
     """Starts one process at a time and hands a signal on to it, so that it saves before this one ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Path) -> None:
+        self.script = script
         self.current: Optional[subprocess.Popen] = None
         self.stop_signal: Optional[int] = None
         self.before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -520,7 +550,7 @@ class Processes:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "disabled", **os.environ}
         with open(log, "a", encoding="utf-8") as out:
             start = out.tell()
-            self.current = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), mode, str(file)], stdout=out, stderr=out,
+            self.current = subprocess.Popen([sys.executable, str(self.script), mode, str(file)], stdout=out, stderr=out,
                                             stdin=subprocess.DEVNULL, env=environment)  # fmt: skip
         code = self.current.wait()
         self.current = None
@@ -536,17 +566,6 @@ class Processes:
     def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def finished_folder(config: TrainConfig) -> Optional[Path]:
-    """The folder of this training if it was finished, by this very script, and its best weights are still there."""
-    identity = pomdp.run_identity(config)
-    for folder in pomdp.siblings(pomdp.run_folder(config)):
-        described = pomdp.read_json(folder / "config.json")
-        finished = described.get("identity") == identity and described.get("finished_at_step") == config.update_steps
-        if finished and (folder / "best.pt").is_file():
-            return folder
-    return None
 
 
 def duration(seconds: float) -> str:
@@ -676,33 +695,32 @@ CHECKPOINTS = ("last.pt", "last.prev.pt")
 
 
 def do_run(item: Todo, study: Study, described: Dict[Tuple[str, float], Dict[str, Any]], args: argparse.Namespace, processes: Processes,
-           pace: Pace, modified: Optional[bool]) -> Iterator[Tuple[Playing, Dict[str, Any]]]:  # fmt: skip
+           pace: Pace, code: Code) -> Iterator[Tuple[Playing, Dict[str, Any]]]:  # fmt: skip
     """Trains if need be, plays what is missing; yields (playing, row), the row written. Raises TaskFailed."""
     run, data = item.run, data_of(item.run.config, described)
     digests = {character: part["games_sha256"] for character, part in data.items()}
     # Settings and data enter the folder's name: what is found there can be gone on with, and nothing else can.
     name = f"{run.arm}-{hash_of(training_settings(run.config), digests)[:8]}"
-    places = dict(data_path=args.data_path, store_path=args.store_path, checkpoints_path=args.runs_path, name=name, resume=True)
+    places = dict(data_path=args.data_path, store_path=args.store_path, checkpoints_path=args.runs_path, name=name, resume=True,
+                  submission=code.submission(run.config.submission))  # fmt: skip
     config = located(run.config, places)
     first = pomdp.run_folder(config)
     first.parent.mkdir(parents=True, exist_ok=True)
     log, task_file = first.with_name(first.name + ".log"), first.with_name(first.name + ".task.json")
     result = str(first.with_name(first.name + ".result.json"))
-    folder = finished_folder(config)
-    if folder is None:
-        begin = time.perf_counter()
-        folder = Path(processes.run("--train-one", {"config": asdict(config), "result": result}, task_file, log)["folder"])
-        pace.trainings.append(time.perf_counter() - begin)
-    if not args.keep:
-        delete_weights(folder, CHECKPOINTS)  # two thirds of them are the optimizer's; a finished run needs them no more
+    begin = time.perf_counter()
+    trained = processes.run("--train-one", {"config": asdict(config), "result": result}, task_file, log)
+    folder = Path(trained["folder"])
+    pace.trainings.append(time.perf_counter() - begin)
+    delete_weights(folder, CHECKPOINTS)  # a finished run needs them no more, and they are six times as large as its best weights
     if not (folder / "best.pt").is_file():
         raise TaskFailed(f"no held-out loss was finite, so there are no best weights ({log})")
     for playing in item.missing:
         task = {"config": asdict(located(playing.config, places)), "weights": str(folder / "best.pt"), "games": playing.games,
-                "identity": pomdp.run_identity(config), "result": result}  # fmt: skip
+                "identity": trained["identity"], "result": result}  # fmt: skip
         played = processes.run("--play-one", task, task_file, log)
         pace.games.append((playing.games * len(config.characters), played["seconds"]))
-        row = make_row(study, run, playing, folder, played, data, modified)
+        row = make_row(study, run, playing, folder, played, data, code)
         append_row(args.out, row)
         yield playing, row
     if not args.keep:
@@ -736,15 +754,14 @@ def run_study(study: Study, args: argparse.Namespace) -> int:
             pace.games.append((sum(map(len, row["scores"].values())), row["evaluation_seconds"]))
             if row["variant"] == DEFAULT_VARIANT:
                 pace.trainings.append(row["wall_seconds"])
-    sources = [Path(pomdp.__file__), Path(__file__), *{Path(run.config.submission) for run in runs if run.config.submission}]
-    modified = git_modified(sources)
+    code = Code(study_folder(study, args), sorted({item.run.config.submission for item in todo if item.run.config.submission}))
     total, made, failures = sum(len(item.missing) for item in todo), 0, []
-    processes = Processes()
+    processes = Processes(code.script)
     try:
         for position, item in enumerate(todo):
             games_left = sum(playing.games * len(one.run.config.characters) for one in todo[position:] for playing in one.missing)
             try:
-                for playing, row in do_run(item, study, described, args, processes, pace, modified):
+                for playing, row in do_run(item, study, described, args, processes, pace, code):
                     made += 1
                     games_left -= playing.games * len(item.run.config.characters)
                     left = pace.left(len(todo) - position - 1, games_left)
@@ -782,7 +799,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="ARM,ARM", help="these arms only")
     parser.add_argument("--seeds", metavar="SEED,SEED", help="these seeds only")
     parser.add_argument("--characters", metavar="NAME,NAME", help="these characters only")
-    parser.add_argument("--keep", action="store_true", help="keep the weights when their rows are written")
+    parser.add_argument("--keep", action="store_true", help="keep the best weights (best.pt) when their rows are written")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and what is there; do nothing")
     parser.add_argument("--train-one", metavar="TASK", help="used by the study itself: one training")
     parser.add_argument("--play-one", metavar="TASK", help="used by the study itself: one set of games")
@@ -792,9 +809,13 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return args
 
 
+def study_folder(study: Study, args: argparse.Namespace) -> Path:
+    return Path(args.runs_path).expanduser() / f"{study.name}-v0"
+
+
 def with_claim(study: Study, args: argparse.Namespace) -> int:
     """Runs the study while holding a lock on its folder of runs."""
-    folder = Path(args.runs_path).expanduser() / f"{study.name}-v0"
+    folder = study_folder(study, args)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
