@@ -168,7 +168,8 @@ def read_run(folder: Path) -> Dict[str, Any]:
         "transitions": metrics[-1]["transitions"] if metrics else 0, "best_transitions": heldout.get("transitions"),
         "wall_seconds": study.seconds_of_updates(metrics), "evaluation_seconds": None,
         "heldout": {name[len("heldout/"):]: value for name, value in heldout.items() if name.startswith("heldout/")},
-        "train_loss": study.loss_near_end(metrics), "curve": study.learning_curve(metrics), "scores": scores, "depths": depths, "ends": ends,
+        "train_loss": study.loss_near_end(metrics), "curve": study.learning_curve(metrics),
+        "scores": scores, "depths": depths, "ends": ends,
     }  # fmt: skip
 
 
@@ -197,7 +198,8 @@ def collect(rows: Sequence[Dict[str, Any]]) -> Tuple[List[Arm], List[str]]:
     for row in rows:
         newest[(*study.row_key(row), row["settings"])] = row
     if len(newest) < len(rows):
-        remarks.append(f"{len(rows) - len(newest)} rows repeat others (same arm, seed, characters and settings); the last of each was taken.")
+        remarks.append(f"{len(rows) - len(newest)} rows repeat others (same arm, seed, characters and settings); "
+                       "the last of each was taken.")  # fmt: skip
     arms: Dict[Tuple[str, str, str, str], List[Dict[str, Any]]] = {}
     for row in newest.values():
         arms.setdefault((row["study"], row["algorithm"], row["variant"], row["settings"]), []).append(row)
@@ -384,8 +386,8 @@ def settings_text(arms: Sequence[Arm]) -> List[str]:
     rows = [(arm.label, row) for arm in arms for row in arm.rows]
     sizes = sorted({row["rnn_hidden_dim"] for _, row in rows if row.get("rnn_hidden_dim")})
     if sizes and sizes != [study.BENCHMARK_UNITS]:
-        lines.append(f"* **LSTM units a layer: {', '.join(map(str, sizes))}** (the benchmark's: {study.BENCHMARK_UNITS}). Scores of another size are "
-                     "not the benchmark's.")  # fmt: skip
+        lines.append(f"* **LSTM units a layer: {', '.join(map(str, sizes))}** (the benchmark's: {study.BENCHMARK_UNITS}). Scores of "
+                     "another size are not the benchmark's.")  # fmt: skip
     for name in (*study.ACTING, "temperature"):
         values: Dict[str, List[str]] = {}
         for label, row in rows:
@@ -405,7 +407,8 @@ def settings_text(arms: Sequence[Arm]) -> List[str]:
             data.setdefault(character, {})[f"{text} hash {part['games_sha256']}"] = None
     lines.extend(f"* data, {character}: {'; '.join(texts)}" for character, texts in data.items())
     commits = sorted({(row.get("commit") or "unknown")[:10] + (" with changes" if row.get("modified") else "") for _, row in rows})
-    hardware = sorted({", ".join(str(row["hardware"][name]) for name in ("device", "cpu", "cores") if row["hardware"].get(name)) for _, row in rows})
+    parts = ("device", "cpu", "cores")
+    hardware = sorted({", ".join(str(row["hardware"][name]) for name in parts if row["hardware"].get(name)) for _, row in rows})
     lines.append(f"* commit: {'; '.join(commits)}; hardware (device, CPU, cores): {'; '.join(hardware)}")
     return lines
 
@@ -444,8 +447,8 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10, "axes.spines.top": False,
-                         "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
-                         "svg.hashsalt": "report", "lines.linewidth": 1.8, "lines.markersize": 6})  # fmt: skip
+                         "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6,
+                         "axes.axisbelow": True, "svg.hashsalt": "report", "lines.linewidth": 1.8, "lines.markersize": 6})  # fmt: skip
     return plt
 
 
@@ -476,7 +479,8 @@ def draw_scores(arms: Sequence[Arm], characters: Sequence[str], resamples: int, 
     """Mean and interquartile mean with intervals, and the means of the seeds; a panel a character and one over all."""
     plt = pyplot()
     panels = len(characters) + (len(characters) > 1)
-    figure, axes = plt.subplots(1, panels, figsize=(1.8 + 3.3 * panels, 1.7 + 0.48 * len(arms)), sharey=True, squeeze=False, layout="constrained")
+    size = (1.8 + 3.3 * panels, 1.7 + 0.48 * len(arms))
+    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False, layout="constrained")
     mean_style = dict(fmt="o", color=COLORS[2], markersize=6, label="mean, 95 % interval")
     middle_style = dict(fmt="D", color=COLORS[3], markerfacecolor="white", markersize=5, label="interquartile mean, 95 % interval")
     for axis, character in zip(axes[0], characters):
@@ -576,8 +580,9 @@ def draw_curves(arms: Sequence[Arm], out: Path) -> Optional[str]:
             for arm in group:
                 curve = mean_curve(trained_on(arm, name))
                 if len(curve):
-                    axes[row, column].plot(curve[:, 0] / scale, curve[:, 1], markevery=max(1, len(curve) // 8), **look[arm.label])
-                    axes[row, column].fill_between(curve[:, 0] / scale, curve[:, 2], curve[:, 3], color=look[arm.label]["color"], alpha=0.15, linewidth=0)
+                    at, style = curve[:, 0] / scale, look[arm.label]
+                    axes[row, column].plot(at, curve[:, 1], markevery=max(1, len(curve) // 8), **style)
+                    axes[row, column].fill_between(at, curve[:, 2], curve[:, 3], color=style["color"], alpha=0.15, linewidth=0)
             if row == 0:
                 axes[row, column].set_title(name)
             if row == len(groups) - 1:
@@ -626,8 +631,8 @@ CAPTIONS = {
     "scores": "Normalized score: mean and interquartile mean over games with 95 % bootstrap intervals (games drawn anew within each seed); "
               "ticks are the means of single seeds.",
     "improvement": "Probability that a game of the arm scores more than a game of the reference, averaged over characters.",
-    "curves": "Held-out loss per action while training: mean over seeds, band from the lowest to the highest seed. The steep fall of the first "
-              "quarter may run off the top.",
+    "curves": "Held-out loss per action while training: mean over seeds, band from the lowest to the highest seed. The steep fall of the "
+              "first quarter may run off the top.",
     "distributions": "Share of games that reached at least each score (games of all seeds).",
 }  # fmt: skip
 

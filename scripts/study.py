@@ -6,8 +6,9 @@
 
 Each training is a process of its own, and so is each set of games: a crash loses one of them and no more. A training that was
 cut goes on from its checkpoint. The weights that play are those of the lowest held-out loss (best.pt), never those of the
-best score. All of it runs a copy of the scripts that is made at the start, so they may be edited meanwhile. Every finished set of games is one line of JSON in scripts/results/<study>.jsonl; a line that is there is not made
-again. The runs go seed by seed and character by character over all arms, so that arms can be compared early.
+best score. All of it runs a copy of the scripts that is made at the start, so they may be edited meanwhile. Every finished set
+of games is one line of JSON in scripts/results/<study>.jsonl; a line that is there is not made again. The runs go
+seed by seed and character by character over all arms, so that arms can be compared early.
 
 A study's file (scripts/studies/*.yaml):
 
@@ -158,7 +159,8 @@ def arm_values(base: Dict[str, Any], own: Dict[str, Any], file: Path, where: str
         choose_key(key, [*pomdp.config_types()], where)
     values = {**base, **own}
     if "algorithm" in values:
-        values["algorithm"] = {**mapping(base.get("algorithm"), f"{where}: algorithm"), **mapping(own.get("algorithm"), f"{where}: algorithm")}
+        values["algorithm"] = {key: value for part in (base, own)
+                               for key, value in mapping(part.get("algorithm"), f"{where}: algorithm").items()}  # fmt: skip
     if values.get("eval_episodes", 0) != 0:
         raise UserError(f"{where}: eval_episodes must be 0: games are played after training, with the best weights; set 'games' for them")
     values["eval_episodes"] = 0
@@ -219,7 +221,8 @@ def read_study(file: Path) -> Study:
                 config = make_config(mine, units, where)
                 playings = [Playing(DEFAULT_VARIANT, config, games)]
                 for variant, way in ways.items():
-                    playings.append(other_playing(label(variant, f"{where}: evaluations"), way, mine, units, games, f"{where}: evaluation {variant}"))
+                    place_of_way = f"{where}: evaluation {label(variant, f'{where}: evaluations')}"
+                    playings.append(other_playing(variant, way, mine, units, games, place_of_way))
                 runs.append(((place, group_place), Run(arm, seed, config, tuple(playings))))
     if not runs:
         raise UserError(f"{file}: arms is empty")
@@ -683,7 +686,8 @@ def announce(study: Study, todo: Sequence[Todo], stale: int, rows: Sequence[Dict
     script = pomdp.sha256_of_file(Path(pomdp.__file__))
     older = sum(row.get("study") == study.name and row.get("script_sha256") != script for row in rows)
     if older:
-        pomdp.warn(f"{older} rows of this study were made by another version of custom_nethack_pomdp.py (see their commit); they count as done")
+        pomdp.warn(f"{older} rows of this study were made by another version of custom_nethack_pomdp.py (see their commit); "
+                   "they count as done")  # fmt: skip
 
 
 def delete_weights(folder: Path, names: Sequence[str]) -> None:
@@ -766,7 +770,8 @@ def run_study(study: Study, args: argparse.Namespace) -> int:
                     games_left -= playing.games * len(item.run.config.characters)
                     left = pace.left(len(todo) - position - 1, games_left)
                     pomdp.say(f"[{made + len(failures)}/{total}] {run_line(item.run, playing)}: {summary_line(row)}; "
-                              f"{duration(row['wall_seconds'])} of updates, {duration(row['evaluation_seconds'])} of games; {left}")  # fmt: skip
+                              f"{duration(row['wall_seconds'])} of updates, {duration(row['evaluation_seconds'])} of games; "
+                              f"{left}")  # fmt: skip
             except TaskFailed as failure:
                 failures.append(f"{item.run.arm}, {item.run.config.character}, seed {item.run.seed}: {failure}")
                 pomdp.warn(f"failed: {failures[-1]}")

@@ -116,10 +116,12 @@ def row(algorithm="ours", seed=1, scores=(10.0, 20.0), character=MONK, variant="
     data = {name: {"games": 4, "frames": 1000} for name in ("training", "heldout")}
     content = {
         "study": group, "algorithm": algorithm, "variant": variant, "seed": seed, "characters": [character],
-        "settings": f"{settings}-{algorithm}-{variant}", "config": {}, "evaluation": {"eval_max_steps": 30, "eval_clear_state": True, "games": 2},
+        "settings": f"{settings}-{algorithm}-{variant}", "config": {},
+        "evaluation": {"eval_max_steps": 30, "eval_clear_state": True, "games": 2},
         "commit": "0123456789abcdef", "hardware": {"device": "cpu", "cpu": "some CPU", "cores": 2}, "rnn_hidden_dim": 32,
-        "data": {character: {**data, "games_sha256": "abc", "fingerprint": "def"}}, "transitions": 300, "best_transitions": 200, "wall_seconds": 5.0,
-        "evaluation_seconds": 2.0, "heldout": {"loss_per_action": 1.25, "accuracy": 0.5}, "train_loss": 1.125,
+        "data": {character: {**data, "games_sha256": "abc", "fingerprint": "def"}},
+        "transitions": 300, "best_transitions": 200, "wall_seconds": 5.0, "evaluation_seconds": 2.0,
+        "heldout": {"loss_per_action": 1.25, "accuracy": 0.5}, "train_loss": 1.125,
         "curve": [[100, 2.0, 2.5], [200, 1.25, 1.5], [300, 1.5, 1.0]], "scores": {character: list(scores)},
         "depths": {character: [1] * len(scores)}, "ends": {character: {"died": len(scores), "no progress": 0, "step limit": 0}},
     }  # fmt: skip
@@ -135,8 +137,8 @@ def made_rows():
     """Three arms, two of them with two seeds, one of them also acting in another way; two characters."""
     rng, rows = np.random.default_rng(4), []
     for (algorithm, variant, seed, level), character in itertools.product(
-        [("ours", "default", 1, 5.0), ("ours", "default", 2, 5.2), ("ours", "argmax", 1, 3.0), ("bc", "default", 1, 3.5), ("bc", "default", 2, 3.4),
-         ("cql", "default", 1, 1.0)], (MONK, VALKYRIE)):  # fmt: skip
+        [("ours", "default", 1, 5.0), ("ours", "default", 2, 5.2), ("ours", "argmax", 1, 3.0), ("bc", "default", 1, 3.5),
+         ("bc", "default", 2, 3.4), ("cql", "default", 1, 1.0)], (MONK, VALKYRIE)):  # fmt: skip
         rows.append(row(algorithm, seed, np.floor(rng.lognormal(level, 1.0, 40)).tolist(), character, variant))
     return rows
 
@@ -239,7 +241,8 @@ def made(tmp_path_factory):
 def test_report_has_every_picture_and_names_it(made):
     folder, text = made
     names = ["scores", "improvement", "distributions", "curves"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["report.md", *(f"{name}.{kind}" for name in names for kind in ("png", "svg"))])
+    expected = ["report.md", *(f"{name}.{kind}" for name in names for kind in ("png", "svg"))]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
     for name in names:
         assert f"({name}.png)" in text and f"({name}.svg)" in text
         assert_picture(folder, name)
@@ -283,7 +286,8 @@ def test_report_repeats(made, tmp_path):
 
 def test_settings_that_differ_are_told(tmp_path, capsys):
     odd = row("bc", evaluation={"eval_max_steps": 30, "eval_clear_state": False, "games": 2})
-    assert report.main([str(write_rows(tmp_path / "rows.jsonl", [row(), row(seed=2), odd])), "--out", str(tmp_path), "--resamples", "50"]) == 0
+    rows = write_rows(tmp_path / "rows.jsonl", [row(), row(seed=2), odd])
+    assert report.main([str(rows), "--out", str(tmp_path), "--resamples", "50"]) == 0
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "`eval_clear_state`: true, but false for bc" in text and "`eval_max_steps`: 30\n" in text
 
@@ -295,8 +299,9 @@ def test_settings_that_differ_are_told(tmp_path, capsys):
 def run_folder(tmp_path_factory, stores, stores_path):
     """A small run of the main script's own training loop, two evaluations with games."""
     folder = tmp_path_factory.mktemp("run")
-    values = dict(character=MONK, data_path=str(ROOT / "tests" / "data" / "nle_data"), store_path=str(stores_path), update_steps=4, batch_size=4,
-                  seq_len=8, log_every=1, eval_every=2, eval_episodes=3, eval_processes=3, eval_max_steps=25, eval_heldout_frames=64,
+    values = dict(character=MONK, data_path=str(ROOT / "tests" / "data" / "nle_data"), store_path=str(stores_path), update_steps=4,
+                  batch_size=4, seq_len=8, log_every=1, eval_every=2, eval_episodes=3, eval_processes=3, eval_max_steps=25,
+                  eval_heldout_frames=64,
                   checkpoints_path=str(folder), eval_workers=1, train_seed=5)  # fmt: skip
     return pomdp.train(study.make_config(values, 32, "test"))
 
@@ -346,7 +351,8 @@ MISTAKES = {
     "broken line": (broken_middle, ["x.jsonl"], "line 1: not a row of a study"),
     "empty": (lambda folder: write_rows(folder / "x.jsonl", []), ["x.jsonl"], "there are no rows"),
     "unknown character": (lambda folder: write_rows(folder / "x.jsonl", [row(character="mon-hum-xxx")]), ["x.jsonl"], "mon-hum-xxx"),
-    "no resamples": (lambda folder: write_rows(folder / "x.jsonl", [row()]), ["x.jsonl", "--resamples", "0"], "--resamples must be at least 1"),
+    "no resamples": (lambda folder: write_rows(folder / "x.jsonl", [row()]), ["x.jsonl", "--resamples", "0"],
+                     "--resamples must be at least 1"),
     "out is a file": (lambda folder: write_rows(folder / "x.jsonl", [row()]), ["x.jsonl", "--out", "x.jsonl"], "choose another --out"),
     "no arguments": (lambda folder: None, [], "required"),
 }

@@ -22,13 +22,13 @@ pytestmark = pytest.mark.pinned_stack
 GAMES = ROOT / "tests" / "data" / "nle_data"
 STUDIES = ROOT / "scripts" / "studies"
 MONK, VALKYRIE = "mon-hum-neu", "val-hum-neu"
-KEYS = {"algorithm", "variant", "seed", "commit", "command", "hardware", "data", "transitions", "wall_seconds", "heldout", "train_loss", "curve",
-        "scores", "ends", "evaluation", "settings", "config", "rnn_hidden_dim", "depths"}  # fmt: skip
+KEYS = {"algorithm", "variant", "seed", "commit", "command", "hardware", "data", "transitions", "wall_seconds", "heldout", "train_loss",
+        "curve", "scores", "ends", "evaluation", "settings", "config", "rnn_hidden_dim", "depths"}  # fmt: skip
 
 
 def command(file, folder, stores_path, *more):
-    return [sys.executable, str(ROOT / "scripts" / "study.py"), str(file), "--data_path", str(GAMES), "--store_path", str(stores_path), "--runs_path",
-            str(folder / "runs"), "--out", str(folder / "rows.jsonl"), *more]  # fmt: skip
+    return [sys.executable, str(ROOT / "scripts" / "study.py"), str(file), "--data_path", str(GAMES), "--store_path", str(stores_path),
+            "--runs_path", str(folder / "runs"), "--out", str(folder / "rows.jsonl"), *more]  # fmt: skip
 
 
 def run(*arguments):
@@ -54,7 +54,8 @@ def tiny(tmp_path_factory, stores, stores_path):
     first = run(STUDIES / "tiny.yaml", folder, stores_path, "--only", "bc", "--keep")
     assert first.returncode == 0, first.stderr
     after_first = (folder / "rows.jsonl").read_bytes()
-    process = subprocess.Popen(command(STUDIES / "tiny.yaml", folder, stores_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    whole = command(STUDIES / "tiny.yaml", folder, stores_path)
+    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with process.stdout:
         for line in process.stdout:
             if line.startswith("[1/4]"):  # the first new row is written; what follows is lost
@@ -67,8 +68,8 @@ def tiny(tmp_path_factory, stores, stores_path):
 
 
 def test_every_row_is_made_once_whatever_was_cut_off(tiny):
-    assert [name_of(row) for row in tiny["rows"]] == [("bc", "default", 1), ("ours", "default", 1), ("ours", "argmax", 1), ("ours", "default", 2),
-                                                      ("ours", "argmax", 2)]  # fmt: skip
+    names = [("bc", "default", 1), ("ours", "default", 1), ("ours", "argmax", 1), ("ours", "default", 2), ("ours", "argmax", 2)]
+    assert [name_of(row) for row in tiny["rows"]] == names
     whole = (tiny["folder"] / "rows.jsonl").read_bytes()
     assert tiny["after_kill"].startswith(tiny["after_first"]) and whole.startswith(tiny["after_kill"])  # nothing is written over
     assert tiny["after_first"].count(b"\n") == 1 and tiny["after_kill"].count(b"\n") in (2, 3)
@@ -104,7 +105,8 @@ def test_rows_tell_what_they_come_from(tiny):
     ours, argmax = by_name["ours", "default", 1], by_name["ours", "argmax", 1]
     assert ours["heldout"] == argmax["heldout"] and ours["curve"] == argmax["curve"] and ours["settings"] != argmax["settings"]
     assert ours["settings"] == by_name["ours", "default", 2]["settings"] and ours["heldout"] != by_name["ours", "default", 2]["heldout"]
-    assert ours["command"] == f"python scripts/study.py scripts/studies/tiny.yaml --data_path DATA_DIR --only ours --seeds 1 --characters {MONK}"
+    again = f"--data_path DATA_DIR --only ours --seeds 1 --characters {MONK}"
+    assert ours["command"] == f"python scripts/study.py scripts/studies/tiny.yaml {again}"
 
 
 def run_folder(tiny, arm, seed):
@@ -136,8 +138,8 @@ def test_games_are_played_with_the_best_weights(tiny):
         results = pomdp.play_games(pool, algorithm.model, MONK, 2, 50, 30, torch.device("cpu"))
     finally:
         pool.close()
-    for name in ("score", "depth", "turns", "length"):
-        assert row["lengths" if name == "length" else name if name == "turns" else name + "s"][MONK] == [getattr(one, name) for one in results]
+    for plural, name in (("scores", "score"), ("depths", "depth"), ("turns", "turns"), ("lengths", "length")):
+        assert row[plural][MONK] == [getattr(one, name) for one in results]
 
 
 def test_weights_are_deleted_when_their_rows_are_written_unless_kept(tiny):
@@ -160,8 +162,8 @@ rnn_hidden_dim: 32
 characters: mon-hum-neu
 seeds: 3
 games: 1
-base: {update_steps: 60, batch_size: 4, seq_len: 8, log_every: 1, eval_every: 20, checkpoint_every: 500, eval_heldout_frames: 64, eval_processes: 1,
-       eval_workers: 1, eval_max_steps: 10}
+base: {update_steps: 60, batch_size: 4, seq_len: 8, log_every: 1, eval_every: 20, checkpoint_every: 500, eval_heldout_frames: 64,
+       eval_processes: 1, eval_workers: 1, eval_max_steps: 10}
 arms: {ours: {}}
 """
 
@@ -198,7 +200,8 @@ def test_a_run_that_fails_is_told_and_does_not_stop_the_others(tmp_path, stores,
     submission.write_text((ROOT / "scripts" / "references" / "bc.py").read_text().replace(
         "        actions = batch", "        raise RuntimeError('broken on purpose')\n        actions = batch"))  # fmt: skip
     file = tmp_path / "failing.yaml"
-    file.write_text(STOPPED.replace("stopped", "failing").replace("60", "2").replace("{ours: {}}", "{broken: {submission: broken.py}, ours: {}}"))
+    text = STOPPED.replace("stopped", "failing").replace("60", "2")
+    file.write_text(text.replace("{ours: {}}", "{broken: {submission: broken.py}, ours: {}}"))
     done = run(file, tmp_path, stores_path)
     assert done.returncode == 1
     assert "1 of 2 runs failed" in done.stderr and "broken on purpose" in done.stderr
@@ -241,8 +244,8 @@ def test_runs_go_seed_by_seed_and_character_by_character_over_all_arms(tmp_path)
     found = [(run.seed, run.config.character, run.arm, [(playing.variant, playing.games) for playing in run.playings])
              for run in read(tmp_path, BASE).runs]  # fmt: skip
     ours, slow = [("default", 7), ("argmax", 5)], [("default", 3)]
-    assert found == [(1, MONK, "ours", ours), (2, MONK, "slow", slow), (1, VALKYRIE, "ours", ours), (2, VALKYRIE, "slow", slow), (2, MONK, "ours", ours),
-                     (2, VALKYRIE, "ours", ours)]  # fmt: skip
+    assert found == [(1, MONK, "ours", ours), (2, MONK, "slow", slow), (1, VALKYRIE, "ours", ours), (2, VALKYRIE, "slow", slow),
+                     (2, MONK, "ours", ours), (2, VALKYRIE, "ours", ours)]  # fmt: skip
 
 
 def test_settings_are_merged(tmp_path):
@@ -278,9 +281,11 @@ def test_shipped_studies_are_sound(name):
 
 WRONG = {
     "unknown key": (BASE.replace("seeds: [1", "seedz: [1"), "unknown key 'seedz'; did you mean 'seeds'?"),
-    "unknown arm key": (BASE.replace("learning_rate", "learning_rat"), "arm slow: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+    "unknown arm key": (BASE.replace("learning_rate", "learning_rat"),
+                        "arm slow: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     "unknown algorithm key": (BASE.replace("burn_in", "burnin"), "unknown setting 'burnin'"),
-    "unknown evaluation key": (BASE.replace("{argmax: {", "{argmax: {learning_rate: 1.0, "), "evaluation argmax: unknown key 'learning_rate'"),
+    "unknown evaluation key": (BASE.replace("{argmax: {", "{argmax: {learning_rate: 1.0, "),
+                               "evaluation argmax: unknown key 'learning_rate'"),
     "evaluation of no arm": (BASE.replace("  ours: {argmax", "  our: {argmax"), "unknown key 'our'; did you mean 'ours'?"),
     "no name": (BASE.replace("name: small", ""), "'name' is missing"),
     "a name with a slash": (BASE.replace("name: small", "name: a/b"), "is no name"),
@@ -368,7 +373,7 @@ def test_only_missing_rows_are_made(tmp_path):
         ("temperature: 0.001", "temperature: 0.002", 4),
         ("update_steps: 10", "update_steps: 10, eval_max_steps: 5", 10),
         ("rnn_hidden_dim: 16", "rnn_hidden_dim: 17", 10),
-        ("update_steps: 10", "update_steps: 10, log_every: 3, data_workers: 1, checkpoint_every: 7, eval_workers: 1", 0),  # shapes no result
+        ("update_steps: 10", "update_steps: 10, log_every: 3, data_workers: 1, checkpoint_every: 7", 0),  # shapes no result
     ],
 )
 def test_rows_of_other_settings_are_stale(before, after, stale, tmp_path):
@@ -417,10 +422,13 @@ def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path, capsys):
 # Numbers from a run's metrics
 # ----------------------------------------------------------------------------------------------------------------------
 METRICS = [
-    {"transitions": 100, "train/loss_per_action": 4.0, "charts/SPS": 50.0}, {"transitions": 200, "train/loss_per_action": 2.0, "charts/SPS": 100.0},
-    {"transitions": 200, "heldout/loss_per_action": 3.5, "heldout/accuracy": 0.1}, {"transitions": 950, "train/loss_per_action": 1.5, "charts/SPS": 75.0},
-    {"transitions": 1000, "train/loss_per_action": 0.5, "charts/SPS": 50.0}, {"transitions": 1000, "heldout/loss_per_action": None, "heldout/accuracy": 0.2},
-]  # fmt: skip
+    {"transitions": 100, "train/loss_per_action": 4.0, "charts/SPS": 50.0},
+    {"transitions": 200, "train/loss_per_action": 2.0, "charts/SPS": 100.0},
+    {"transitions": 200, "heldout/loss_per_action": 3.5, "heldout/accuracy": 0.1},
+    {"transitions": 950, "train/loss_per_action": 1.5, "charts/SPS": 75.0},
+    {"transitions": 1000, "train/loss_per_action": 0.5, "charts/SPS": 50.0},
+    {"transitions": 1000, "heldout/loss_per_action": None, "heldout/accuracy": 0.2},
+]
 
 
 def test_numbers_of_a_run():
