@@ -1,21 +1,28 @@
 """How fast each part is, side by side with what users had before, in one run.
 
-    python scripts/benchmark.py --data_path DATA_DIR [--rows read,build,act,play,evaluate,train] [--repeats 5] [--json FILE]
+    python scripts/benchmark.py --data_path DATA_DIR [--rows read,build,act,play,evaluate,train,grow] [--repeats 5]
+                                [--katakomba CHECKOUT] [--json FILE]
 
 Every row times ours and theirs alternately, `--repeats` times each, and gives medians, the spread (quartiles over the
-median) and the ratio ours / theirs of the medians. Machines are shared and noisy: trust the ratio, never one time.
+median) and, last, the ratio ours / theirs of the medians. Machines are shared and noisy: trust the ratio, never one time.
 
-read      frames/s of one core: the chunk store's batches against nle.dataset's TtyrecDataset, same games
-build     frames/s of one core at which a store is made, against TtyrecDataset merely decoding them
-act       model steps/s on the CPU at full size: the packed step (float32, and bfloat16) against nn.LSTM at every step
+read      frames/s of one core: the chunk store's batches against nle.dataset's TtyrecDataset on the same games, and against
+          Katakomba's gzip and memmap readers on some of them; bytes a frame and peak memory beside them
+build     frames/s of one core at which a store is made, against TtyrecDataset's decoding alone
+act       model steps/s on the CPU at full size: the packed step (float32, and bfloat16) against nn.LSTM at every step; the
+          share of equal greedy actions on recorded games (of the policy in --checkpoint, or an untrained one)
 play      game steps/s without a policy: the evaluation's workers against AsyncVectorEnv, 8 games, all cores
 evaluate  game steps/s with the full-size policy, 8 games, against a loop over AsyncVectorEnv and nn.LSTM
-train     transitions/s of a whole update, loading included, at the benchmark's batch (64 x 16) and at ours; its share of
-          time waiting for data; on a CUDA GPU if there is one, otherwise on the CPU
+train     transitions/s of a whole update, loading included, at the benchmark's batch (64 x 16) and at ours, against
+          Katakomba's IQL update (without its loading and rendering); share of the time waiting for data, share of what the
+          chip does in a large matrix product; on a CUDA GPU if there is one, otherwise on the CPU
+grow      read and train at 1, 4, 16 and 64 times the games (repeated) and on 1 and 2 cores, each in a process of its own,
+          with its peak memory; and from these a worked estimate for all of NLD-AA
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -23,16 +30,19 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import benchmark_katakomba as katakomba
 import numpy as np
 import torch
 
 import custom_nethack_pomdp as pomdp
 
-ROWS = ("read", "build", "act", "play", "evaluate", "train")
+ROWS = ("read", "build", "act", "play", "evaluate", "train", "grow")
+NLD_AA_GAMES, NLD_AA_FRAMES = 109_545, 3_481_605_009  # arXiv 2211.00539, table 1
 
 
 def once(work: Callable[[], float]) -> float:
@@ -43,8 +53,8 @@ def once(work: Callable[[], float]) -> float:
 
 
 def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: Optional[Callable[[], float]], repeats: int,
-            **extra: Any) -> Dict[str, Any]:  # fmt: skip
-    """Times both alternately; -> the row of the table."""
+            quiet: bool = False, **extra: Any) -> Dict[str, Any]:  # fmt: skip
+    """Times both alternately; -> the row of the table, shown unless `quiet`."""
     speeds: Dict[str, List[float]] = {"ours": [], "theirs": []}
     ours()  # caches, compilers and worker processes warm up
     if theirs is not None:
@@ -58,24 +68,33 @@ def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: O
     result = {"row": row, "what": what, "ours": median["ours"], "theirs": median["theirs"],
               "ratio": median["ours"] / median["theirs"] if median["theirs"] else None, "unit": unit, "repeats": repeats,
               "spread": float((quartiles[1] - quartiles[0]) / median["ours"]), **extra}  # fmt: skip
-    show(result)
+    if not quiet:
+        show(result)
     return result
 
 
 def show(row: Dict[str, Any]) -> None:
-    theirs = f"{row['theirs']:>12,.0f}" if row["theirs"] else f"{'-':>12}"
-    ratio = f"{row['ratio']:>7.2f} x" if row["ratio"] else ""
-    notes = ", ".join(f"{name} {value}" for name, value in row.items() if name in ("bytes_a_frame", "peak_memory_mb", "waiting", "agreement"))
-    print(f"{row['row']:<9} {row['what']:<66} {row['ours']:>12,.0f} {theirs} {row['unit']:<14} +-{row['spread']:>4.0%} {ratio}  {notes}", flush=True)
+    theirs = f"{row['theirs']:>11,.0f}" if row["theirs"] else f"{'-':>11}"
+    notes = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                      for name, value in row.items() if name not in ("row", "what", "ours", "theirs", "ratio", "unit", "repeats", "spread"))  # fmt: skip
+    ratio = f"{row['ratio']:>7.2f} x" if row["ratio"] else f"{'-':>9}"
+    print(f"{row['row']:<8} {row['what']:<63} {row['ours']:>11,.0f} {theirs} {row['unit']:<13} +-{row['spread']:>4.0%} {ratio}", flush=True)
+    if notes:
+        print(f"{'':<8}   {notes}", flush=True)
+
+
+def peak_memory_mb() -> int:
+    """Of this process since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 class Data:
     """The games of one character, their store, and nle.dataset over the same games."""
 
-    def __init__(self, data_path: str, character: str, folder: str) -> None:
+    def __init__(self, data_path: str, character: str, folder: str, times: int = 1) -> None:
         self.found = pomdp.find_games(data_path, character)
         self.store = pomdp.open_or_build_store(data_path, folder, character)
-        self.games = pomdp.Games([self.store])
+        self.games = pomdp.Games([self.store] * times)
         self.data_path, self.folder, self.character = data_path, folder, character
 
     def loader(self, rows: int, steps: int, threads: int = 1, seed: Optional[int] = 0) -> Any:
@@ -95,43 +114,64 @@ class Data:
                                  subselect_sql=select, subselect_sql_args=(role, race, align))  # fmt: skip
 
 
-def bench_read(data: Data, repeats: int) -> List[Dict[str, Any]]:
-    results = []
-    games = len(data.games.frames)
-    for rows, steps in ((64, 16), (min(64, games), 32)):
-        loader, theirs = data.loader(rows, steps), iter(data.ttyrec_dataset(min(rows, games), steps))
-        position = iter(range(10**9))
+def read_ours(data: Data, rows: int, steps: int, threads: int = 1) -> Callable[[], float]:
+    loader, position = data.loader(rows, steps, threads), iter(range(10**9))
 
-        def ours(loader: Any = loader, rows: int = rows, steps: int = steps) -> float:
-            for _ in range(20):
-                loader.batch_at(next(position) % loader.plan.steps)
-            return 20 * rows * steps
+    def read() -> float:
+        for _ in range(40):
+            loader.batch_at(next(position))
+        return 40 * rows * steps
 
-        def other(theirs: Any = theirs, rows: int = min(rows, games), steps: int = steps) -> float:
-            for _ in range(10):
-                next(theirs)
-            return 10 * rows * steps
+    return read
 
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        results.append(compare("read", f"chunk store against TtyrecDataset, one core, {rows} x {steps}", "frames/s", ours, other, repeats,
-                               bytes_a_frame=round(data.store.meta["bytes"] / data.store.meta["frames"], 1), peak_memory_mb=memory))  # fmt: skip
+
+def read_batches(batches: Callable[[], Any], count: int, frames: int) -> Callable[[], float]:
+    def read() -> float:
+        for _ in range(count):
+            batches()
+        return count * frames
+
+    return read
+
+
+def bench_read(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    results, games = [], len(data.games.frames)
+    extra = {"bytes_a_frame": round(data.store.meta["bytes"] / data.store.meta["frames"], 1)}
+    for rows, steps in ((64, 16), (64, 32)):
+        theirs = read_batches(partial(next, iter(data.ttyrec_dataset(min(rows, games), steps))), 10, min(rows, games) * steps)
+        memory = {"peak_memory_mb": in_process(measure_read, options, 1, 1, rows, steps)["memory"]}
+        what = f"chunk store against TtyrecDataset, one core, {rows} x {steps}"
+        results.append(compare("read", what, "frames/s", read_ours(data, rows, steps), theirs, options.repeats, **extra, **memory))
+    if options.katakomba:
+        with tempfile.TemporaryDirectory() as folder:
+            few = [int(game) for game in np.argsort(data.games.frames)[: min(6, games)]]
+            frames = katakomba.write_hdf5(Path(folder, f"data-{data.character}-any.hdf5"), data.games, few)
+            for mode in ("compressed", "memmap"):
+                buffer = katakomba.open_buffer(options.katakomba, Path(folder), data.character, mode, 64, 16)
+                what = f"chunk store against Katakomba's {'gzip' if mode == 'compressed' else mode} reader, one core, 64 x 16"
+                note = {"katakomba_bytes_a_frame": round(os.path.getsize(Path(folder, f"data-{data.character}-any.hdf5")) / frames
+                                                         if mode == "compressed" else 2 * pomdp.CELLS + 13)}  # fmt: skip
+                results.append(compare("read", what, "frames/s", read_ours(data, 64, 16), read_batches(buffer.sample, 2, 1024),
+                                       options.repeats, **note))  # fmt: skip
+                buffer.close(clear_cache=False)
     return results
 
 
-def bench_build(data: Data, repeats: int) -> List[Dict[str, Any]]:
-    smallest = sorted(data.found.games, key=lambda game: game.size)[:2]
+def bench_build(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    by_size = sorted(data.found.games, key=lambda game: game.size)
+    some = by_size[1 : 1 + max(1, len(by_size) // 4) : max(1, len(by_size) // 16)]  # four games among the shorter ones
 
     def ours() -> float:
-        return sum(pomdp.encode_game(game).frames for game in smallest)
+        return sum(pomdp.encode_game(game).frames for game in some)
 
     def theirs() -> float:
-        return sum(len(piece.chars) for game in smallest for piece in decode_only(game.path))
+        return sum(len(piece.chars) for game in some for piece in decode_only(game.path))
 
-    return [compare("build", "making the store against decoding alone, one core", "frames/s", ours, theirs, repeats)]
+    return [compare("build", "making the store against decoding alone, one core", "frames/s", ours, theirs, options.repeats)]
 
 
 def decode_only(path: str) -> Any:
-    """nle.dataset's converter and nothing else."""
+    """nle.dataset's converter, which TtyrecDataset runs in its threads, and nothing else."""
     decoder = pomdp.ttyrec_converter.Converter(pomdp.ROWS, pomdp.COLS, 3)
     decoder.load_ttyrec(path, gameid=1, part=0)
     arrays = [np.empty((1024, 24, 80), np.uint8), np.empty((1024, 24, 80), np.int8), np.empty((1024, 2), np.int16),
@@ -142,9 +182,12 @@ def decode_only(path: str) -> Any:
         yield pomdp.Frames(arrays[0][: 1024 - remaining], *arrays[1:])
 
 
-def full_model() -> Any:
+def full_model(checkpoint: Optional[str] = None) -> Any:
     torch.manual_seed(0)
-    return pomdp.Model(pomdp.ModelBackbone(pomdp.NUM_ACTIONS)).eval()
+    model = pomdp.Model(pomdp.ModelBackbone(pomdp.NUM_ACTIONS)).eval()
+    if checkpoint:
+        model.load_state_dict(pomdp.read_checkpoint(Path(checkpoint))["model"])
+    return model
 
 
 def observations(data: Data, rows: int) -> Dict[str, np.ndarray]:
@@ -159,40 +202,65 @@ class PlainModel(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def vec_act(self, obs: Any, state: Any = None, device: str = "cpu") -> Any:
+    def _plainly(self, function: Callable[..., Any], *arguments: Any) -> Any:
         backbone = self.model.backbone
         backbone._step, step = lambda features, state: backbone.rnn(features[:, None], state), backbone._step
         try:
-            return self.model.vec_act(obs, state, device)
+            return function(*arguments)
         finally:
             backbone._step = step
 
+    def forward(self, inputs: Any, state: Any = None) -> Any:
+        return self._plainly(self.model, inputs, state)
 
-def bench_act(data: Data, repeats: int) -> List[Dict[str, Any]]:
-    model = full_model()
+    def vec_act(self, obs: Any, state: Any = None, device: str = "cpu") -> Any:
+        return self._plainly(self.model.vec_act, obs, state, device)
+
+
+def greedy_agreement(model: Any, plain: PlainModel, data: Data, frames: int = 60) -> float:
+    """Share of equal likeliest actions of both, each with its own state, over the first frames of 8 recorded games."""
+    loader = pomdp.ChunkLoader(data.games, range(min(8, len(data.games.frames))), 8, frames, None, 100.0, 10.0)
+    batch = loader.batch_at(0)
+    equal, states = [], [None, None]
+    for step in range(frames):
+        obs = {name: batch[name][:, step].numpy() for name in pomdp.OBSERVATIONS}
+        previous = batch["prev_actions"][:, 0] if step == 0 else batch["actions"][:, step - 1]
+        choices = []
+        for side, actor in enumerate((model, plain)):
+            actor.eval()
+            with torch.no_grad():
+                inputs = {name: torch.as_tensor(array)[:, None] for name, array in {**obs, "prev_actions": previous.numpy()}.items()}
+                logits, _, states[side] = actor(inputs, states[side])
+            choices.append(logits[:, -1].argmax(-1))
+        equal.append((choices[0] == choices[1]).float().mean().item())
+    return float(np.mean(equal))
+
+
+def bench_act(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    model = full_model(options.checkpoint)
     plain, results = PlainModel(model), []
-    for rows in (1, 8, 14, 32):
-        obs = {**observations(data, rows), "prev_actions": np.zeros(rows, np.int64)}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model.backbone.acting_dtype = dtype
+        agreement = {"equal_greedy_actions": greedy_agreement(model, plain, data), "policy": "trained" if options.checkpoint else "untrained"}
+        for rows in (1, 8, 14, 32):
+            obs = {**observations(data, rows), "prev_actions": np.zeros(rows, np.int64)}
 
-        def act(actor: Any, obs: Any = obs) -> Callable[[], float]:
-            def steps() -> float:
-                state = None
-                for _ in range(5):
-                    _, state = actor.vec_act(obs, state)
-                return 5
+            def act(actor: Any, obs: Any = obs) -> Callable[[], float]:
+                def steps() -> float:
+                    state = None
+                    for _ in range(5):
+                        _, state = actor.vec_act(obs, state)
+                    return 5
 
-            return steps
+                return steps
 
-        for precision in ("fp32", "bf16"):
-            model.backbone.acting_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-            results.append(compare("act", f"packed step in {precision} against nn.LSTM, {rows} games", "steps/s", act(model), act(plain), repeats))
+            what = f"packed step in {precision} against nn.LSTM, {rows} games"
+            results.append(compare("act", what, "steps/s", act(model), act(plain), options.repeats, **(agreement if rows == 8 else {})))
     return results
 
 
 def make_async_env(character: str) -> Any:
     """Eight games, a process each."""
-    from functools import partial
-
     import gymnasium
 
     return gymnasium.vector.AsyncVectorEnv([partial(plain_env, character)] * 8, shared_memory=True)
@@ -209,15 +277,15 @@ def plain_env(character: str) -> Any:
 COMPASS = list(range(16))  # moves and runs: safe keys that keep games going
 
 
-def bench_play(data: Data, repeats: int) -> List[Dict[str, Any]]:
-    ticks, rng = 400, np.random.default_rng(0)
+def bench_play(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    ticks, rng = 1000, np.random.default_rng(0)
     envs, pool = make_async_env(data.character), pomdp.GamePool(8)
     envs.reset()
+    pool.begin(data.character, 100_000, 0, 10**6)
 
     def ours() -> float:
-        pool.begin(data.character, 10_000, 0, 10**6)
         for _ in range(ticks):
-            pool.step(rng.choice(COMPASS, 8))
+            pool.step(np.resize(rng.choice(COMPASS, 8), pool.rows))
         return 8 * ticks
 
     def theirs() -> float:
@@ -226,13 +294,13 @@ def bench_play(data: Data, repeats: int) -> List[Dict[str, Any]]:
         return 8 * ticks
 
     try:
-        return [compare("play", "evaluation workers against AsyncVectorEnv, 8 games", "game steps/s", ours, theirs, repeats)]
+        return [compare("play", "evaluation workers against AsyncVectorEnv, 8 games", "game steps/s", ours, theirs, options.repeats)]
     finally:
         pool.close()
         envs.close()
 
 
-def bench_evaluate(data: Data, repeats: int) -> List[Dict[str, Any]]:
+def bench_evaluate(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
     model, ticks = full_model(), 25
     plain, envs, pool = PlainModel(model), make_async_env(data.character), pomdp.GamePool(8)
     raw, _ = envs.reset()
@@ -251,41 +319,165 @@ def bench_evaluate(data: Data, repeats: int) -> List[Dict[str, Any]]:
         return 8 * ticks
 
     try:
-        return [compare("evaluate", "play_games against AsyncVectorEnv and nn.LSTM, 8 games", "game steps/s", ours, theirs, repeats)]
+        return [compare("evaluate", "play_games against AsyncVectorEnv and nn.LSTM, 8 games", "game steps/s", ours, theirs, options.repeats)]
     finally:
         pool.close()
         envs.close()
 
 
-def bench_train(data: Data, repeats: int) -> List[Dict[str, Any]]:
-    results = []
-    cuda = torch.cuda.is_available()
-    for rows, steps in ((64, 16), (1024, 32) if cuda else (32, 32)):
+def make_trainer(data: Data, folder: str, rows: int, steps: int, threads: int) -> Any:
+    config = pomdp.TrainConfig(character=data.character, data_path=data.data_path, store_path=data.folder, checkpoints_path=folder,
+                               batch_size=rows, seq_len=steps, clip_grad_norm=1.0, data_workers=threads)  # fmt: skip
+    return pomdp.Trainer(config)
+
+
+def updates(trainer: Any, stream: Any, count: int) -> Callable[[], float]:
+    def run() -> float:
+        for _ in range(count):
+            trainer.update(stream, timed=False)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        return count * trainer.config.batch_size * trainer.config.seq_len
+
+    return run
+
+
+def matrix_peak(device: torch.device, precision: Optional[torch.dtype]) -> float:
+    """FLOP/s of a large square matrix product in the precision of training: what the chip is seen to do."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=precision or torch.float32) for _ in range(2))
+    speeds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        speeds.append(5 * 2 * size**3 / (time.perf_counter() - begin))
+    return max(speeds)
+
+
+def matrix_flops(trainer: Any) -> float:
+    """FLOP a transition of the LSTM's and the head's matrix products: forward, twice that backward, and the burn-in's forward."""
+    model, burn_in = trainer.algorithm.model, trainer.algorithm.hyper.burn_in
+    lstm = sum(weight.numel() for weight in model.backbone.rnn.parameters() if weight.dim() == 2)
+    head = sum(weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2 and not name.startswith("backbone"))
+    return 6.0 * (lstm + head) + 2.0 * lstm * burn_in / trainer.config.seq_len
+
+
+def bench_train(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    results, cuda = [], torch.cuda.is_available()
+    for rows, steps in ((64, 16), (1024, 32) if cuda else (64, 32)):
         with tempfile.TemporaryDirectory() as folder:
-            config = pomdp.TrainConfig(character=data.character, data_path=data.data_path, store_path=data.folder, checkpoints_path=folder,
-                                       batch_size=rows, seq_len=steps, clip_grad_norm=1.0)  # fmt: skip
-            trainer = pomdp.Trainer(config)
+            trainer = make_trainer(data, folder, rows, steps, 8 if cuda else 2)
             stream = trainer.loader.stream(0)
-
-            def update(trainer: Any = trainer, stream: Any = stream, rows: int = rows, steps: int = steps) -> float:
-                count = 20 if cuda else 1
-                for _ in range(count):
-                    trainer.update(stream, timed=False)
-                if cuda:
-                    torch.cuda.synchronize()
-                return count * rows * steps
-
+            peak = matrix_peak(trainer.device, trainer.precision)
+            ours, theirs = updates(trainer, stream, 20 if cuda else 1), None
+            if options.katakomba:
+                theirs = katakomba.iql_update(options.katakomba, 64, 16, str(trainer.device))
+            ours()
             trainer.timers.take()
-            begin = time.perf_counter()
-            row = compare("train", f"a whole update at {rows} x {steps} on {trainer.device}", "transitions/s", update, None, repeats)
-            row["waiting"] = f"{trainer.timers.take()['times/batch_loading_cpu'] / (time.perf_counter() - begin):.1%}"
+            timed: List[float] = []
+
+            def watched(ours: Callable[[], float] = ours, timed: List[float] = timed) -> float:
+                begin = time.perf_counter()
+                units = ours()
+                timed.append(time.perf_counter() - begin)
+                return units
+
+            against = "Katakomba's IQL at 64 x 16 without its loading" if theirs else "nothing"
+            row = compare("train", f"update at {rows} x {steps} on {trainer.device} against {against}", "transitions/s", watched, theirs,
+                          options.repeats, quiet=True)  # fmt: skip
+            row["waiting_for_data"] = round(trainer.timers.take()["times/batch_loading_cpu"] / sum(timed), 4)
+            row["share_of_matrix_peak"] = round(row["ours"] * matrix_flops(trainer) / peak, 3)
+            row["peak_memory_mb"] = peak_memory_mb()
             if cuda:
-                row["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            print(f"{'':<9} of the time waiting for data: {row['waiting']}", flush=True)
+                row["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+            show(row)
             results.append(row)
             stream.close()
             trainer.close()
     return results
+
+
+# --- how cost grows
+def in_process(work: Callable[..., Dict[str, float]], options: argparse.Namespace, times: int, cores: int, *more: Any) -> Dict[str, float]:
+    """work(options, times, cores, ...) in a fresh process on `cores` cores."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(on_cores, (work, options, times, cores, *more))
+
+
+def on_cores(work: Callable[..., Dict[str, float]], options: argparse.Namespace, times: int, cores: int, *more: Any) -> Dict[str, float]:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    torch.set_num_threads(cores)
+    pomdp.keep_freed_memory()
+    pomdp.say = lambda text: None  # the store was announced once
+    return work(options, times, cores, *more)
+
+
+def measure_read(options: argparse.Namespace, times: int, cores: int, rows: int = 64, steps: int = 32) -> Dict[str, float]:
+    read = read_ours(Data(options.data_path, options.character, options.store_path, times), rows, steps, threads=cores)
+    read()
+    return {"speed": statistics.median(once(read) for _ in range(options.repeats)), "memory": peak_memory_mb()}
+
+
+def measure_train(options: argparse.Namespace, times: int, cores: int) -> Dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(Data(options.data_path, options.character, options.store_path), folder, 64, 16, cores)
+        trainer.games = pomdp.Games(trainer.games.stores * times)
+        loader = trainer._loader(np.arange(len(trainer.games.frames)), 64, 0)
+        stream = loader.stream(0)
+        run = updates(trainer, stream, 20 if trainer.device.type == "cuda" else 1)
+        run()
+        speed = statistics.median(once(run) for _ in range(max(2, options.repeats // 2)))
+        stream.close()
+        trainer.close()
+    return {"speed": speed, "memory": peak_memory_mb()}
+
+
+def bench_grow(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    results = []
+    for kind, measure, unit in (("read", measure_read, "frames/s"), ("train", measure_train, "transitions/s")):
+        base: Dict[int, float] = {}
+        for times in (1, 4, 16, 64):
+            for cores in (1, 2):
+                if cores > pomdp.usable_cores():
+                    continue
+                measured = in_process(measure, options, times, cores)
+                base.setdefault(cores, measured["speed"])
+                what = f"{kind}: {times} x the games ({times * len(data.store):,}), {cores} core{'s' * (cores > 1)}, against 1 x"
+                row = {"row": "grow", "what": what, "ours": measured["speed"], "theirs": base[cores], "ratio": measured["speed"] / base[cores],
+                       "unit": unit, "repeats": options.repeats, "spread": 0.0, "peak_memory_mb": measured["memory"]}  # fmt: skip
+                show(row)
+                results.append(row)
+    estimate(data, results, options)
+    return results
+
+
+def estimate(data: Data, results: List[Dict[str, Any]], options: argparse.Namespace) -> None:
+    """All of NLD-AA, from what was just measured. Printed with its sums, so that a reader can redo them for another machine."""
+    frames = int(data.store.frames.sum())
+    disk = data.store.meta["bytes"] / frames * NLD_AA_FRAMES
+    index = os.path.getsize(data.store.folder / "index.npz") / frames * NLD_AA_FRAMES
+    build = bench_build(data, options)[0]["ours"]
+    print(f"\nAll of NLD-AA ({NLD_AA_GAMES:,} games, {NLD_AA_FRAMES:,} transitions), from the rows above:")
+    print(f"  disk    {data.store.meta['bytes'] / frames:.1f} bytes a frame x {NLD_AA_FRAMES / 1e9:.2f}e9 = {disk / 1e9:.0f} GB")
+    print(f"  memory  index of {index / 1e9:.2f} GB beside what a run on these games takes; frames stay on disk")
+    print(f"  build   {NLD_AA_FRAMES / 1e9:.2f}e9 / {build:,.0f} frames/s a core = {NLD_AA_FRAMES / build / 3600:.0f} core hours")
+    for row in [row for row in results if "train: 64 x" in row["what"]]:
+        print(f"  epoch   {NLD_AA_FRAMES / 1e9:.2f}e9 / {row['ours']:,.0f} transitions/s = {NLD_AA_FRAMES / row['ours'] / 3600:,.0f} h "
+              f"({row['what'].split(', ')[-2]}, 64 x 16)")  # fmt: skip
+
+
+BENCHES = {"read": bench_read, "build": bench_build, "act": bench_act, "play": bench_play, "evaluate": bench_evaluate, "train": bench_train,
+           "grow": bench_grow}  # fmt: skip
+
+
+def machine() -> str:
+    """The machine in words: processor, cores, GPU, versions."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: the train rows are a CPU's"
+    return f"{names[0] if names else platform.machine()}, {pomdp.usable_cores()} cores, torch {torch.__version__}, {device}"
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -295,25 +487,27 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help="which rows, by commas")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each side")
     parser.add_argument("--store_path", default="runs/stores", help="where the chunk store is made or found")
+    parser.add_argument("--katakomba", help="checkout of Katakomba, for rows against its readers and its IQL")
+    parser.add_argument("--checkpoint", help="trained weights for the act row's agreement, e.g. a run's best.pt")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args(argv)
     os.environ["WANDB_MODE"] = "disabled"
+    pomdp.keep_freed_memory()  # as the script does
     chosen = options.rows.split(",")
     try:
         unknown = set(chosen) - set(ROWS)
         if unknown or options.repeats < 1:
             raise pomdp.UserError(f"--rows takes {', '.join(ROWS)} and --repeats at least 1")
+        options.katakomba = katakomba.check_checkout(options.katakomba) if options.katakomba else None
         data = Data(options.data_path, options.character, options.store_path)
-    except pomdp.UserError as error:
+    except (pomdp.UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: the train rows are a CPU's"
-    print(f"{platform.processor() or platform.machine()}, {pomdp.usable_cores()} cores, torch {torch.__version__}, {device}")
-    print(f"{'row':<9} {'what':<66} {'ours':>12} {'theirs':>12} {'unit':<14} {'spread':>6} {'ratio':>9}")
-    benches = {"read": bench_read, "build": bench_build, "act": bench_act, "play": bench_play, "evaluate": bench_evaluate, "train": bench_train}
-    results = [row for name in ROWS if name in chosen for row in benches[name](data, options.repeats)]
+    print(machine())
+    print(f"{'row':<8} {'what':<63} {'ours':>11} {'theirs':>11} {'unit':<13} {'spread':>6} {'ratio':>9}")
+    results = [row for name in ROWS if name in chosen for row in BENCHES[name](data, options)]
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        Path(options.json).write_text(json.dumps([{**row, "machine": machine()} for row in results], indent=1), encoding="utf-8")
     return 0
 
 
