@@ -509,7 +509,7 @@ class Code:
         places = {"custom_nethack_pomdp.py": Path(pomdp.__file__), "scripts/study.py": Path(__file__)}
         self.submissions = {}
         for submission in submissions:
-            self.submissions[submission] = name = f"submissions/{pomdp.sha256_of_file(Path(submission))[:8]}-{Path(submission).name}"
+            self.submissions[submission] = name = f"submissions/{pomdp.sha256_of_file(Path(submission))[:8]}/{Path(submission).name}"
             places[name] = Path(submission)
         contents = {name: path.read_bytes() for name, path in places.items()}
         self.folder = folder / f"code-{hash_of({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})[:8]}"

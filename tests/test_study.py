@@ -113,6 +113,13 @@ def run_folder(tiny, arm, seed):
     return next(path for path in (tiny["folder"] / "runs" / "tiny-v0").glob(f"{arm}-*-seed{seed}") if path.is_dir())
 
 
+def test_runs_use_the_copy_of_the_scripts_made_at_the_start(tiny):
+    described = pomdp.read_json(run_folder(tiny, "bc", 1) / "config.json")
+    assert Path(described["command"][0]).parts[-3].startswith("code-") and Path(described["config"]["submission"]).name == "bc.py"
+    script = Path(described["command"][0]).parents[1] / "custom_nethack_pomdp.py"
+    assert pomdp.sha256_of_file(script) == described["script_sha256"] == tiny["rows"][0]["script_sha256"]
+
+
 def test_rows_hold_the_runs_own_numbers(tiny):
     row = next(row for row in tiny["rows"] if name_of(row) == ("ours", "default", 2))
     metrics = study.read_metrics(run_folder(tiny, "ours", 2))
