@@ -1709,7 +1709,7 @@ class OfflineAlgorithm:
         log_probs = F.log_softmax(logits, dim=-1)
         losses = -log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # [B, T] nats
         policy_loss = masked_mean(weights * losses, mask)
-        value_loss = masked_mean((values[:, :-1] - targets) ** 2, mask)
+        value_loss = self._value_loss(values[:, :-1], targets, mask)
         loss = policy_loss + hyper.value_coef * value_loss
         with torch.no_grad():
             count = mask.sum().clamp(min=1.0)
@@ -1728,6 +1728,9 @@ class OfflineAlgorithm:
                 "counting_frames": mask.mean(),
             }
         return loss, info
+
+    def _value_loss(self, values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return masked_mean((values - targets) ** 2, mask)
 
     def _readable(self, info: Dict[str, torch.Tensor]) -> Dict[str, Any]:
         """Floats, fetched from the device at once; tensors if the loop asked for them."""
