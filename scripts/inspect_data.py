@@ -200,7 +200,8 @@ def found_in_store(folder: Path, damage: List[str]) -> Optional[Found]:
     names = [str(name) for name in store.names]
     known = {name: GameReport(name, int(store.frames[k]), int(store.rewards(k)[1].sum()), int(store.turns[k]), None)
              for k, name in enumerate(names)}  # fmt: skip
-    skipped = [f"left out when the store was built: {text}" for text in (*store.meta.get("skipped", ()), *store.meta.get("passed_over", ()))]
+    left_out = (*store.meta.get("skipped", ()), *store.meta.get("passed_over", ()))
+    skipped = [f"left out when the store was built: {text}" for text in left_out]
     sources = [StoredGame(name, str(folder), k) for k, name in enumerate(names)]
     return Found(str(store.meta.get("character")), f"store {folder}", sources, skipped, known)
 
@@ -279,7 +280,8 @@ def describe(found: Found, reports: Sequence[Union[GameReport, str]], share: flo
 
 def as_text(told: Dict[str, Any], quick: bool) -> str:
     """A character's part of the report."""
-    lines = [f"{told['character']}   {told['games']:,} games ({told['training']:,} for training, {told['heldout']:,} held out)   {told['from']}"]
+    split = f"{told['training']:,} for training, {told['heldout']:,} held out"
+    lines = [f"{told['character']}   {told['games']:,} games ({split})   {told['from']}"]
     rows = [(name, told[name]) for name in ("frames", "score", "turns") if told[name]]
     if rows:
         lines.append("  {:<8}{:>12}{:>12}{:>14}{:>12}{:>16}".format("a game", "min", "median", "mean", "max", "all games"))
@@ -317,7 +319,8 @@ def inspect(args: argparse.Namespace) -> Dict[str, Any]:
     found, damage = find_all(root)
     chosen = [part for part in found if not wanted or part.character in wanted]
     if wanted and not chosen:
-        raise UserError(f"no games of {', '.join(wanted)} in {root}; it holds {', '.join(sorted({part.character for part in found})) or 'none'}")
+        others = ", ".join(sorted({part.character for part in found})) or "none"
+        raise UserError(f"no games of {', '.join(wanted)} in {root}; it holds {others}")
     sources = [source for part in chosen for source in part.sources]
     if args.quick:
         reports: List[Any] = [part.known.get(source.name, GameReport(source.name, None, None, None, None))

@@ -98,7 +98,8 @@ def key_name(action: int) -> str:
 
 def action_name(action: int) -> str:
     """'EAST (l)' for an index into nethack.ACTIONS; long ones in capitals run."""
-    names = {"N": "NORTH", "E": "EAST", "S": "SOUTH", "W": "WEST", "NE": "NORTHEAST", "SE": "SOUTHEAST", "SW": "SOUTHWEST", "NW": "NORTHWEST"}
+    names = {"N": "NORTH", "E": "EAST", "S": "SOUTH", "W": "WEST",
+             "NE": "NORTHEAST", "SE": "SOUTHEAST", "SW": "SOUTHWEST", "NW": "NORTHWEST"}  # fmt: skip
     found = nethack.ACTIONS[action]
     short = names.get(found.name, found.name)
     if isinstance(found, nethack.CompassDirectionLonger):
@@ -462,7 +463,8 @@ class Cast:
 
     def __init__(self, path: str, title: str) -> None:
         self.file = open(path, "w", encoding="utf-8")
-        header = {"version": 2, "width": WIDTH, "height": ROWS, "timestamp": int(time.time()), "title": title, "env": {"TERM": "xterm-256color"}}
+        header = {"version": 2, "width": WIDTH, "height": ROWS, "timestamp": int(time.time()), "title": title,
+                  "env": {"TERM": "xterm-256color"}}  # fmt: skip
         self.file.write(json.dumps(header) + "\n")
         self.before: Optional[Canvas] = None
         self.time = 0.0
@@ -782,7 +784,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--game", help="a recorded game, ttyrec3.bz2")
     parser.add_argument("--seed", type=int, help="seed of the evaluation whose game is played (default: the checkpoint's eval_seed)")
     parser.add_argument("--number", type=int, default=0, help="number of the game in that evaluation (default: %(default)s)")
-    parser.add_argument("--max_steps", type=int, help="stop after so many steps (default: the checkpoint's eval_max_steps; of a recording all)")
+    parser.add_argument("--max_steps", type=int, help="stop after so many steps (default: as in evaluation; of a recording all)")
     parser.add_argument("--speed", type=float, default=10.0, help="steps a second (default: %(default)s)")
     parser.add_argument("--cast", help="write an asciicast to this file")
     parser.add_argument("--gif", help="write a GIF to this file")
@@ -822,7 +824,8 @@ def open_terminal(args: argparse.Namespace) -> Optional[Terminal]:
         raise UserError("standard output is no terminal: write to a file with --cast FILE or --gif FILE")
     columns, rows = terminal_size()
     if rows < ROWS or columns < COLS:
-        raise UserError(f"the terminal has {columns} columns and {rows} rows: make it at least {COLS} x {ROWS}, or {WIDTH} x {ROWS} for the panel")
+        raise UserError(f"the terminal has {columns} columns and {rows} rows: make it at least {COLS} x {ROWS}, "
+                        f"or {WIDTH} x {ROWS} for the panel")  # fmt: skip
     return Terminal()
 
 

@@ -32,7 +32,8 @@ def of(report, character):
 
 
 def summed(values):
-    return {"min": min(values), "median": float(np.median(values)), "mean": pytest.approx(np.mean(values)), "max": max(values), "total": sum(values)}
+    mean = pytest.approx(np.mean(values))
+    return {"min": min(values), "median": float(np.median(values)), "mean": mean, "max": max(values), "total": sum(values)}
 
 
 def actions_in(store):
@@ -95,7 +96,8 @@ def test_quick_reads_the_xlogfiles(capsys, counted):
     for character in (MONK, VALKYRIE, RANGER):
         lines = [line for path in GAMES.glob(f"{character}-*/*.xlogfile") for line in pomdp.parse_xlogfile(path)]
         told = of(report, character)
-        assert told["score"] == summed([int(line["points"]) for line in lines]) and told["turns"] == summed([int(line["turns"]) for line in lines])
+        assert told["score"] == summed([int(line["points"]) for line in lines])
+        assert told["turns"] == summed([int(line["turns"]) for line in lines])
         assert told["frames"] is None and told["games"] == len(lines)
     assert of(report, MONK)["heldout"] == of(counted, MONK)["heldout"]
 
@@ -137,7 +139,7 @@ def test_damage_is_named(folder, capsys):
     told = of(report, MONK)
     assert told["games"] == 0 and len(told["unreadable"]) == len(told["missing"]) == 1 and of(report, VALKYRIE)["games"] == 1
     assert str(game) in told["unreadable"][0] and str(missing) in told["missing"][0]
-    assert len(report["damage"]) == 2 and any("nle.77.0" in line for line in report["damage"]) and any(str(log) in line for line in report["damage"])
+    assert len(report["damage"]) == 2 and all(any(part in line for line in report["damage"]) for part in ("nle.77.0", str(log)))
     assert inspect_data.main([str(folder)]) == 0
     text = capsys.readouterr().out
     assert all(part in text for part in ("1 games that cannot be read", "1 lines of an xlogfile", "2 files that nothing reads"))
@@ -178,8 +180,8 @@ def test_a_reader_that_crashes_is_one_damaged_game():
 # --- the command
 def test_the_command_and_a_reader_that_has_seen_enough(folder):
     command = f"{sys.executable} {ROOT / 'scripts' / 'inspect_data.py'} {folder} --quick"
-    result = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} | head -c 1 | wc -c; {command} --json"], capture_output=True, text=True,
-                            timeout=120)  # fmt: skip
+    both = f"{command} | head -c 1 | wc -c; {command} --json"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", both], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert [told["games"] for told in json.loads(result.stdout.partition("\n")[2])["characters"]] == [2, 1]
 
