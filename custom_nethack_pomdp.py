@@ -2309,9 +2309,11 @@ class Ranks:
         self.rank, self.world = RANK, WORLD
         if self.world > 1:
             with self._meeting():
-                self.store = next(rendezvous("env://"))[0]
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("groups", self.store),
-                                        rank=self.rank, world_size=self.world, timeout=self.ANSWER)  # fmt: skip
+                # torchrun may keep its store over a restart: what the processes before left there must not be taken for ours.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                self.store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=self.store, rank=self.rank,
+                                        world_size=self.world, timeout=self.ANSWER)  # fmt: skip
                 self.patient = dist.new_group(backend="gloo", timeout=self.WORK)
 
     @contextlib.contextmanager

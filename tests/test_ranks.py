@@ -236,7 +236,7 @@ def test_torchrun_starts_again_what_was_killed(folder, stores_path, stores, stra
     settings = {**SETTINGS, "store_path": stores_path, "checkpoints_path": folder / "restart", "update_steps": 5, "resume": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1", "--master-port", str(free_port()),
                str(program), *(token for key, value in settings.items() for token in (f"--{key}", str(value)))]  # fmt: skip
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("at step 2") == 1, result.stdout
     assert_same_end(straight, run_folder(folder, "restart"))
