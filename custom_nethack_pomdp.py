@@ -52,6 +52,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -1874,6 +1875,7 @@ class GameResult(NamedTuple):
     turns: int
     length: int
     end: str
+    replayed: int = 0  # how often it was begun anew, because its worker process had died or hung
 
 
 def fresh_folder(wanted: str) -> str:
@@ -1946,10 +1948,11 @@ class Slot:
             self.game = None
 
 
-def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int]) -> None:
+def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int], folder: str) -> None:
     """A worker process: plays its rows' games as it is told through `pipe`. Games are made here, never inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`: NLE's temporary folders must go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`: temporary folders must go
+    tempfile.tempdir = folder  # for NLE, which makes a folder a game
     views = observation_views(shared, slots)
     mine = [Slot(views, row) for row in rows]
     try:
@@ -1969,74 +1972,141 @@ def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[in
     finally:
         for slot in mine:
             slot.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class WorkerDied(Exception):
-    """An evaluation worker is gone; so is this evaluation."""
+    """The same game has ended or blocked its worker process again and again."""
+
+
+class Worker:
+    """A worker process, seen from the main process. Its games' temporary folders lie in one of its own, which goes with it."""
+
+    def __init__(self, context: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int]) -> None:
+        self.rows, self.folder = list(rows), tempfile.mkdtemp(prefix="nethack_games_")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=play_worker, args=(theirs, shared, slots, self.rows, self.folder), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def tell(self, *command: Any) -> None:
+        with contextlib.suppress(OSError):  # it has died: that shows when it gives no answer
+            self.pipe.send(command)
+
+    def answer(self, seconds: int) -> Optional[List[GameResult]]:
+        """None if it has died, or gives no answer for so long. Time in which this process itself was stopped does not count."""
+        with contextlib.suppress(EOFError, OSError):
+            if any(self.pipe.poll(1.0) for _ in range(seconds)):
+                return self.pipe.recv()
+        return None
+
+    def end(self, patience: float) -> None:
+        self.process.join(timeout=patience)
+        if self.process.is_alive():
+            self.process.kill()  # a stopped process hears nothing else
+            self.process.join()
+        self.pipe.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class GamePool:
-    """`slots` game slots spread over worker processes. Which slot plays which game depends on neither's number of cores."""
+    """`slots` game slots spread over worker processes. Which slot plays which game depends on neither's number of cores.
+
+    A worker that dies or hangs is replaced, and the games it was playing are begun anew from their seeds; games of other workers
+    go on as if nothing had happened. A game begun anew meets other random draws (they depend on the tick), so where actions are
+    drawn it goes another way: its result says `replayed`.
+    """
+
+    ANSWER_SECONDS = 60  # and one more for each slot: a worker that takes longer hangs
+    MAX_REPLAYS = 3  # of one game
 
     def __init__(self, slots: int, workers: int = 0, mine: Optional[Sequence[int]] = None) -> None:
         """`mine`: the slots to play here, where several processes share out the games; all by default."""
         self.slots = slots
-        mine = range(slots) if mine is None else mine
         self.rows = -(-slots // 8) * 8  # padded: a matrix product's bits may differ with the number of rows, at multiples of 8 not
         sizes = {"tty_chars": CELLS, "tty_colors": CELLS, "tty_cursor": 2, "blstats": 4 * NUM_BLSTATS, "actions": 8, "fresh": 1,
                  "active": 1}  # fmt: skip
-        context = multiprocessing.get_context("spawn")
-        shared = {name: context.RawArray("b", size * self.rows) for name, size in sizes.items()}
-        self.views = observation_views(shared, self.rows)
+        self.context = multiprocessing.get_context("spawn")
+        self.shared = {name: self.context.RawArray("b", size * self.rows) for name, size in sizes.items()}
+        self.views = observation_views(self.shared, self.rows)
+        mine = range(slots) if mine is None else mine
         count = min(workers or usable_cores(), len(mine))
-        self.pipes, self.processes = [], []
-        for worker in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=play_worker, args=(theirs, shared, self.rows, mine[worker::count]), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.workers = [self._start(mine[number::count]) for number in range(count)]
+        self.queues: List[List[Tuple[int, int, int]]] = [[] for _ in range(slots)]  # each slot's unfinished games, as Slot takes them
+        self.replays: Dict[int, int] = {}
 
-    def _ask(self, *command: Any) -> List[GameResult]:
-        """Sends the command to all workers, then collects their answers."""
-        try:
-            for pipe in self.pipes:
-                pipe.send(command)
-            return [result for pipe in self.pipes for result in pipe.recv()]
-        except (EOFError, ConnectionError):
-            raise WorkerDied("an evaluation worker has died") from None
+    def _start(self, rows: Sequence[int]) -> Worker:
+        return Worker(self.context, self.shared, self.rows, rows)
 
-    def begin(self, character: str, games: int, eval_seed: int, max_steps: int, record: Optional[str] = None) -> None:
+    @property
+    def processes(self) -> List[Any]:
+        return [worker.process for worker in self.workers]
+
+    def _ask_all(self, command: str, check: Callable[[], None]) -> List[GameResult]:
+        """All workers work at the same time; one that gives no answer is replaced."""
+        results: List[GameResult] = []
+        for worker in self.workers:
+            self._tell(worker, command)
+        for number, worker in enumerate(self.workers):
+            answer = worker.answer(self.ANSWER_SECONDS + self.slots)
+            while answer is None:
+                answer = self._replace(number, check).answer(self.ANSWER_SECONDS + self.slots)
+            results.extend(answer)
+        return results
+
+    def _tell(self, worker: Worker, command: str) -> None:
+        begin = (self.character, {row: self.queues[row] for row in worker.rows}, self.max_steps, self.record)
+        worker.tell(command, *(begin if command == "begin" else ()))
+
+    def _replace(self, number: int, check: Callable[[], None]) -> Worker:
+        """A new worker with the old one's unfinished games, which it is told to begin."""
+        old = self.workers[number]
+        old.end(patience=0)
+        check()  # a signal to the whole group ends the workers as well: that is a stop, not a failure
+        playing = [self.queues[row][0][0] for row in old.rows if self.queues[row]]
+        warn(f"an evaluation worker died or hung; games played again from their beginning: {', '.join(map(str, playing)) or 'none'}")
+        for game in playing:
+            self.replays[game] = self.replays.get(game, 0) + 1
+            if self.replays[game] > self.MAX_REPLAYS:
+                raise WorkerDied(f"game {game} of {self.character}: its worker process died or hung {self.replays[game]} times")
+        self.workers[number] = worker = self._start(old.rows)
+        self._tell(worker, "begin")
+        return worker
+
+    def begin(self, character: str, games: int, eval_seed: int, max_steps: int, record: Optional[str] = None,
+              check: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         """Game k is played by slot k % slots: a fixed quota for each slot, so that short games are not over-counted."""
-        queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
-        self._ask("begin", character, queues, max_steps, record)
+        self.character, self.max_steps, self.record, self.replays = character, max_steps, record, {}
+        self.queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
+        self._ask_all("begin", check)
 
-    def step(self, actions: np.ndarray) -> List[GameResult]:
+    def step(self, actions: np.ndarray, check: Callable[[], None] = lambda: None) -> List[GameResult]:
+        """The games that ended by these actions, one a row. `check` may raise before a worker is replaced."""
         self.views["actions"][:] = actions
-        return self._ask("step")
+        results = self._ask_all("step", check)
+        for result in results:
+            self.queues[result.game % self.slots].pop(0)
+        return [result._replace(replayed=self.replays.get(result.game, 0)) for result in results]
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(("close",))
-        for process in self.processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.terminate()
+        for worker in self.workers:
+            worker.tell("close")
+        for worker in self.workers:
+            worker.end(patience=5)
 
 
 def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
                clear_state: bool = True, check: Callable[[], None] = lambda: None,
                record: Optional[str] = None) -> List[GameResult]:  # fmt: skip
-    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes.
+    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes, as long as none
+    of them dies (GamePool).
 
     `check` is called at every tick and may raise to break the evaluation off. `record`: game k is recorded in the folder
     `<record>-<k>`, in NLD-AA's layout; a game that is cut is quit there, so that it too has its line in the xlogfile.
     """
     was_training = model.training
     model.eval()
-    pool.begin(character, games, eval_seed, max_steps, record)
+    pool.begin(character, games, eval_seed, max_steps, record, check)
     views, state, results = pool.views, None, []
     previous = np.full(pool.rows, NO_ACTION, dtype=np.int64)
     bar = progress(total=games, desc=f"playing {character}", unit="game", leave=False)
@@ -2054,11 +2124,7 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
             torch.manual_seed(derived_seed(eval_seed, tick))
             actions, state = model.vec_act({**obs, "prev_actions": previous}, state, device=str(device))
         previous = np.asarray(actions, dtype=np.int64).copy()
-        try:
-            finished = pool.step(previous)
-        except WorkerDied:
-            check()  # a signal to the whole group ends the workers as well: that is a stop, not a failure
-            raise
+        finished = pool.step(previous, check)
         results.extend(finished)
         bar.update(len(finished))
         tick += 1
@@ -2084,7 +2150,8 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Dict[str, 
     summary = {"normalized_score": float(normalized.mean()), "normalized_score_median": float(np.median(normalized)),
                "normalized_score_low": low, "normalized_score_high": high,
                "turns_mean": float(np.mean([result.turns for result in results])),
-               "length_mean": float(np.mean([result.length for result in results]))}  # fmt: skip
+               "length_mean": float(np.mean([result.length for result in results])),
+               "games_replayed": float(sum(result.replayed > 0 for result in results))}  # fmt: skip
     for name, values in (("reward", scores), ("depth", depths)):
         statistics = {"median": np.median, "mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
         summary.update({f"{name}_{statistic}": float(function(values)) for statistic, function in statistics.items()})
