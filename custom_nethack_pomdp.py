@@ -56,6 +56,7 @@ import tempfile
 import threading
 import time
 import types
+import zipfile
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from copy import deepcopy
@@ -425,7 +426,10 @@ def sha256_of_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """`write(file)` to a temporary file, synced, then renamed: `path` holds the old content or the new, never a part."""
+    """`write(file)` to a temporary file, synced, then renamed: `path` holds the old content or the new, never a part.
+
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -433,8 +437,14 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the system's error
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; make room, and --resume true goes on from the last checkpoint") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_json(path: Path) -> Dict[str, Any]:
@@ -524,8 +534,11 @@ class RunLogger:
     def log(self, row: Dict[str, float], step: int, transitions: int) -> None:
         row = {"step": step, "transitions": transitions, **row}
         clean = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON knows no NaN
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room, and --resume true goes on") from None
         if self.wandb_run is not None:
             self.wandb_run.log(row)
 
@@ -535,7 +548,8 @@ class RunLogger:
         say(tag + " " + " ".join(f"{key}={value if isinstance(value, int) else format(value, '.6g')}" for key, value in values.items()))
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a row that found no room was reported
+            self.file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
@@ -688,6 +702,16 @@ def read_ttyrec(path: str) -> Iterator[Frames]:
         raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
+def hdf5_member(group: Any, name: str) -> Any:
+    """The group's member, as long as it lies in this very file. Raises GameError for links and for data kept in other files."""
+    import h5py
+
+    member = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+    if member is None or (isinstance(member, h5py.Dataset) and (member.external or member.is_virtual)):
+        raise GameError(f"{name!r} is missing, or a link to somewhere else")
+    return member
+
+
 def read_hdf5(path: str, key: str) -> Iterator[Frames]:
     """Pieces of at most PIECE frames of one game of a Katakomba HDF5 file. Raises GameError."""
     import h5py
@@ -695,9 +719,10 @@ def read_hdf5(path: str, key: str) -> Iterator[Frames]:
     space_action = KEY_TO_ACTION[SPACE]
     try:
         with h5py.File(path, "r") as file:
-            game, score = file[key], 0
-            length = len(game["actions"])
+            group, score = hdf5_member(file, key), 0
             shapes = {"tty_chars": (ROWS, COLS), "tty_colors": (ROWS, COLS), "tty_cursor": (2,), "rewards": (), "actions": ()}
+            game = {name: hdf5_member(group, name) for name in shapes}
+            length = len(game["actions"])
             if any(game[name].shape != (length, *shape) for name, shape in shapes.items()):
                 raise GameError("its arrays have not the shapes of Katakomba's")
             for start in range(0, length, PIECE):
@@ -898,8 +923,9 @@ def find_hdf5_games(path: Path) -> FoundGames:
 
     try:
         with h5py.File(path, "r") as file:
-            keys = [key for key in file if "actions" in file[key]]
-    except (OSError, RuntimeError, TypeError) as error:
+            # A link is passed on as well: read_hdf5 skips it by name.
+            keys = [key for key in file if not isinstance(file.get(key, getlink=True), h5py.HardLink) or "actions" in file[key]]
+    except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a readable HDF5 file ({' '.join(str(error).split())})") from None
     stat = path.stat()
     return FoundGames([GameSource(f"{path.name}/{key}", str(path), key, stat.st_size, stat.st_mtime_ns) for key in keys], [], [])
@@ -2304,6 +2330,9 @@ def choose_run_folder(config: TrainConfig, identity: str) -> Tuple[Path, bool, O
 def read_checkpoint(path: Path, identity: Optional[str] = None) -> Dict[str, Any]:
     """A checkpoint's content. Raises UserError for one that is truncated, foreign or of another run."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
+            if archive.testzip() is not None:
+                raise ValueError("its checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # no code is run by reading it
     except Exception as error:  # torch reports damage by many types
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
@@ -2336,10 +2365,7 @@ def save_checkpoint(folder: Path, content: Dict[str, Any]) -> None:
     """Writes last.pt; the one before it becomes last.prev.pt. At every moment at least one of them is whole."""
     last, previous = folder / "last.pt", folder / "last.prev.pt"
     fresh = folder / ".last.pt.new"
-    try:
-        write_atomically(fresh, lambda file: torch.save(content, file))
-    except OSError as error:
-        raise UserError(f"cannot write {last}: {error.strerror}; the checkpoint before it is whole") from None
+    write_atomically(fresh, lambda file: torch.save(content, file))
     if last.exists():
         os.replace(last, previous)
     os.replace(fresh, last)
@@ -2628,7 +2654,7 @@ class Trainer:
 
     # --- folder and checkpoints
     def _describe(self, finished_at_step: int = 0) -> None:
-        (self.folder / "config.yaml").write_text(pyrallis.dump(self.config), encoding="utf-8")
+        write_atomically(self.folder / "config.yaml", lambda file: file.write(pyrallis.dump(self.config).encode()))
         described = describe_run(self.config, self.identity, self.device)
         write_json(self.folder / "config.json", {**described, "finished_at_step": finished_at_step})
 
@@ -2677,6 +2703,8 @@ class Trainer:
         content, damaged = newest_checkpoint(self.folder, self.identity)
         if content is not None and content["data"] != self._data_fingerprints():
             raise UserError(f"{self.folder} cannot be resumed: the games in the data folder have changed since")
+        for path in self.folder.glob(".*.tmp"):  # left by a process that was killed; the folder's lock says nobody writes it
+            path.unlink()
         if damaged:  # it must not take the place of the whole one at the next save
             os.replace(self.folder / "last.pt", self.folder / "last.damaged.pt")
         self._describe(finished_at_step=read_json(self.folder / "config.json").get("finished_at_step", 0))
