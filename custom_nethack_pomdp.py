@@ -32,6 +32,7 @@ successor of frame T - 1. Only frames 0 .. T - 1 can carry loss.
 # FIXED: imports and constants
 # ======================================================================================================================
 import argparse
+import bz2
 import contextlib
 import ctypes
 import dataclasses
@@ -689,6 +690,9 @@ def read_ttyrec(path: str) -> Iterator[Frames]:
     """Pieces of at most PIECE frames of a ttyrec3.bz2 file, through nle.dataset's converter. Raises GameError."""
     decoder = ttyrec_converter.Converter(ROWS, COLS, 3)
     try:
+        with bz2.open(path) as file:  # the converter hands a damaged block out before it comes to its checksum, and then just ends
+            while file.read(1 << 20):
+                pass
         decoder.load_ttyrec(path, gameid=1, part=0)
         remaining = 0
         while remaining == 0:
@@ -698,7 +702,7 @@ def read_ttyrec(path: str) -> Iterator[Frames]:
             remaining = decoder.convert(chars, colors, cursor, times, keys, scores)
             frames = Frames(chars, colors, cursor.astype(np.uint8), KEY_TO_ACTION[keys], keys == SPACE, scores)
             yield frames.cut(0, PIECE - remaining)
-    except (RuntimeError, ValueError, OSError, IndexError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError, IndexError) as error:
         raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
@@ -2960,7 +2964,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         keep_freed_memory()
         train(config)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + " ".join(str(error).split())[:2000], file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.args[0]  # as the shell reports a process ended by this signal
