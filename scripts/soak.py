@@ -40,8 +40,8 @@ import custom_nethack_pomdp as pomdp
 
 GAMES = ROOT / "tests" / "data" / "nle_data"
 MONK = "mon-hum-neu"
-SETTINGS = dict(data_path=GAMES, character=MONK, batch_size=4, seq_len=8, update_steps=24, log_every=3, eval_every=8, checkpoint_every=4,
-                eval_episodes=4, eval_processes=4, eval_workers=1, eval_max_steps=40, eval_heldout_frames=128, data_workers=1)  # fmt: skip
+SETTINGS = dict(data_path=GAMES, character=MONK, batch_size=4, seq_len=8, update_steps=12, log_every=3, eval_every=6, checkpoint_every=3,
+                eval_episodes=4, eval_processes=4, eval_workers=1, eval_max_steps=30, eval_heldout_frames=128, data_workers=1)  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 SECONDS = 300  # no single trial takes as long
 
@@ -83,11 +83,11 @@ def fill_the_disk(*_: Any) -> None:
 
 PHASES: Dict[str, Tuple[int, Callable[[int], None]]] = {  # phase -> (calls in a run, what prepares the trial)
     "building the store": (5, lambda count: at_call(pomdp, "encode_game", count, die)),
-    "training": (24, lambda count: at_call(pomdp.OfflineAlgorithm, "_loss", count, die)),
-    "writing a checkpoint": (7, lambda count: at_call(torch, "save", count, write_a_part_and_die)),
-    "renaming files": (25, lambda count: at_call(os, "replace", count, die)),
-    "playing": (100, lambda count: at_call(pomdp.GamePool, "step", count, die)),
-    "full disk": (7, lambda count: at_call(torch, "save", count, fill_the_disk)),
+    "training": (12, lambda count: at_call(pomdp.OfflineAlgorithm, "_loss", count, die)),
+    "writing a checkpoint": (5, lambda count: at_call(torch, "save", count, write_a_part_and_die)),
+    "renaming files": (18, lambda count: at_call(os, "replace", count, die)),
+    "playing": (50, lambda count: at_call(pomdp.GamePool, "step", count, die)),
+    "full disk": (5, lambda count: at_call(torch, "save", count, fill_the_disk)),
 }
 
 
@@ -410,20 +410,20 @@ def try_games(trials: int, seed: int, folder: Path) -> None:
             count = min(a_round, trials - played)
             pool.begin(MONK, count, seed + played, 15)
             ended = 0
+            folders.append(len(list(folder.glob("*/nle*"))))
             while pool.views["active"].any():
                 ended += len(pool.step(rng.integers(0, pomdp.NUM_ACTIONS, size=pool.rows)))
             if ended != count:
                 raise Failure(f"{ended} games ended where {count} were begun")
             played += count
             memories.append(memory(pool.processes))
-            folders.append(len(list(folder.glob("*/nle*"))))
     finally:
         pool.close()
         tempfile.tempdir = None
     warm = memories[len(memories) // 10]
     print(f"games: {played} in {time.monotonic() - begin:.0f} s; workers' memory {memories[0]:.0f} MB at first, {warm:.0f} MB after a tenth, "
           f"{memories[-1]:.0f} MB at the end; folders at most {max(folders)}", flush=True)  # fmt: skip
-    if max(folders) > slots or list(folder.iterdir()):
+    if not 0 < max(folders) <= slots or list(folder.iterdir()):
         raise Failure(f"{max(folders)} temporary folders for {slots} games, {len(list(folder.iterdir()))} left")
     if memories[-1] > warm * 1.1 + 10:
         raise Failure(f"the workers' memory grew from {warm:.0f} to {memories[-1]:.0f} MB")
