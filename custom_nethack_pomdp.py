@@ -2418,8 +2418,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # the base of all that torch.distributed raises
-            raise LostRank(f"process {self.rank} of {self.world} has lost the others: one of them has ended, and said why, or hangs; `torchrun "
-                           f"--max-restarts 3 ... --resume true` would go on from the last checkpoint ({str(error)[:120]})") from None  # fmt: skip
+            raise LostRank(f"process {self.rank} of {self.world} has lost the others: one of them has ended, and said why, or hangs; "
+                           "`torchrun --max-restarts 3 ... --resume true` would go on from the last checkpoint "
+                           f"({str(error)[:120]})") from None  # fmt: skip
 
     def part(self, count: int) -> slice:
         """This process's share of `count` rows."""
