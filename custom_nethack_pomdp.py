@@ -6,6 +6,7 @@ NetHack (NLE) with the result. The score is the game's score over AutoAscend's m
 
     python custom_nethack_pomdp.py --data_path DIR                              # CPU or the first GPU
     python custom_nethack_pomdp.py --config scripts/configs/gpu.yaml --data_path DIR --character mon-hum-neu
+    torchrun --nproc_per_node 8 custom_nethack_pomdp.py --data_path DIR         # eight GPUs; --nnodes for more machines
     python custom_nethack_pomdp.py --data_path DIR --resume true                # go on where a run stopped
     python custom_nethack_pomdp.py --submission scripts/references/bc.py --data_path DIR
     python custom_nethack_pomdp.py --help
@@ -31,6 +32,7 @@ successor of frame T - 1. Only frames 0 .. T - 1 can carry loss.
 # FIXED: imports and constants
 # ======================================================================================================================
 import argparse
+import bz2
 import contextlib
 import ctypes
 import dataclasses
@@ -51,13 +53,16 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
+import zipfile
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from queue import Queue
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -67,6 +72,7 @@ import nle
 import numpy as np
 import pyrallis
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
@@ -74,6 +80,7 @@ from nle import nethack
 from nle.dataset.dataset import converter as ttyrec_converter
 from nle.env.base import NLE
 from nle.env.tasks import NetHackScore
+from torch.distributed.rendezvous import rendezvous
 from torch.distributions import Categorical
 from tqdm.auto import tqdm
 
@@ -84,6 +91,9 @@ NUM_ACTIONS = len(nethack.ACTIONS)  # 121
 NO_ACTION = NUM_ACTIONS  # "previous action" of a game's first frame: no real action has this index
 UNKNOWN_KEY = 255  # in the store: a keypress that is none of the 121 actions
 SPACE = ord(" ")
+# torchrun tells each process the number of processes and its own number: on all machines, and on this one.
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) if WORLD > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
 
 # Key to action. Three keys have two actions (`"` 77/109, `$` 79/120, `+` 81/105); either sends the same key, and the
 # last index is the one that Katakomba's data uses.
@@ -417,7 +427,10 @@ def sha256_of_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """`write(file)` to a temporary file, synced, then renamed: `path` holds the old content or the new, never a part."""
+    """`write(file)` to a temporary file, synced, then renamed: `path` holds the old content or the new, never a part.
+
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -425,8 +438,14 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the system's error
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; make room, and --resume true goes on from the last checkpoint") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_json(path: Path) -> Dict[str, Any]:
@@ -457,13 +476,19 @@ class Timers:
 
 
 def say(text: str) -> None:
-    """One line on standard output, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """One line on standard output, above a progress bar if there is one. Of several processes the first alone speaks."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    tqdm.write("warning: " + (f"process {RANK}: " if RANK else "") + text, file=sys.stderr)
+
+
+def progress(**options: Any) -> Any:
+    """A progress bar on a terminal; of several processes the first alone shows one."""
+    return tqdm(disable=True if RANK else None, **options)
 
 
 def has_wandb_key() -> bool:
@@ -510,8 +535,11 @@ class RunLogger:
     def log(self, row: Dict[str, float], step: int, transitions: int) -> None:
         row = {"step": step, "transitions": transitions, **row}
         clean = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON knows no NaN
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room, and --resume true goes on") from None
         if self.wandb_run is not None:
             self.wandb_run.log(row)
 
@@ -521,7 +549,8 @@ class RunLogger:
         say(tag + " " + " ".join(f"{key}={value if isinstance(value, int) else format(value, '.6g')}" for key, value in values.items()))
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a row that found no room was reported
+            self.file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
@@ -661,6 +690,9 @@ def read_ttyrec(path: str) -> Iterator[Frames]:
     """Pieces of at most PIECE frames of a ttyrec3.bz2 file, through nle.dataset's converter. Raises GameError."""
     decoder = ttyrec_converter.Converter(ROWS, COLS, 3)
     try:
+        with bz2.open(path) as file:  # the converter hands a damaged block out before it comes to its checksum, and then just ends
+            while file.read(1 << 20):
+                pass
         decoder.load_ttyrec(path, gameid=1, part=0)
         remaining = 0
         while remaining == 0:
@@ -670,8 +702,18 @@ def read_ttyrec(path: str) -> Iterator[Frames]:
             remaining = decoder.convert(chars, colors, cursor, times, keys, scores)
             frames = Frames(chars, colors, cursor.astype(np.uint8), KEY_TO_ACTION[keys], keys == SPACE, scores)
             yield frames.cut(0, PIECE - remaining)
-    except (RuntimeError, ValueError, OSError, IndexError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError, IndexError) as error:
         raise GameError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def hdf5_member(group: Any, name: str) -> Any:
+    """The group's member, as long as it lies in this very file. Raises GameError for links and for data kept in other files."""
+    import h5py
+
+    member = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+    if member is None or (isinstance(member, h5py.Dataset) and (member.external or member.is_virtual)):
+        raise GameError(f"{name!r} is missing, or a link to somewhere else")
+    return member
 
 
 def read_hdf5(path: str, key: str) -> Iterator[Frames]:
@@ -681,9 +723,10 @@ def read_hdf5(path: str, key: str) -> Iterator[Frames]:
     space_action = KEY_TO_ACTION[SPACE]
     try:
         with h5py.File(path, "r") as file:
-            game, score = file[key], 0
-            length = len(game["actions"])
+            group, score = hdf5_member(file, key), 0
             shapes = {"tty_chars": (ROWS, COLS), "tty_colors": (ROWS, COLS), "tty_cursor": (2,), "rewards": (), "actions": ()}
+            game = {name: hdf5_member(group, name) for name in shapes}
+            length = len(game["actions"])
             if any(game[name].shape != (length, *shape) for name, shape in shapes.items()):
                 raise GameError("its arrays have not the shapes of Katakomba's")
             for start in range(0, length, PIECE):
@@ -884,8 +927,9 @@ def find_hdf5_games(path: Path) -> FoundGames:
 
     try:
         with h5py.File(path, "r") as file:
-            keys = [key for key in file if "actions" in file[key]]
-    except (OSError, RuntimeError, TypeError) as error:
+            # A link is passed on as well: read_hdf5 skips it by name.
+            keys = [key for key in file if not isinstance(file.get(key, getlink=True), h5py.HardLink) or "actions" in file[key]]
+    except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a readable HDF5 file ({' '.join(str(error).split())})") from None
     stat = path.stat()
     return FoundGames([GameSource(f"{path.name}/{key}", str(path), key, stat.st_size, stat.st_mtime_ns) for key in keys], [], [])
@@ -981,7 +1025,7 @@ def build_store(store: Path, found: FoundGames, character: str, workers: int) ->
     offsets, skipped = [0], []
     begin = time.perf_counter()
     with open(temporary / "frames.bin", "wb") as file:
-        bar = tqdm(total=len(found.games), desc=f"building the store of {character}", unit="game", disable=None)
+        bar = progress(total=len(found.games), desc=f"building the store of {character}", unit="game")
         for source, game in zip(found.games, encode_all(found.games, workers)):
             bar.update()
             if isinstance(game, str):
@@ -1022,6 +1066,8 @@ def build_store(store: Path, found: FoundGames, character: str, workers: int) ->
 
 
 def report_store(meta: Dict[str, Any]) -> None:
+    if RANK:  # the first process reports the same
+        return
     frames = max(meta["frames"], 1)
     say(f"data: {meta['character']}: {meta['games']} games, {meta['frames']:,} frames, {meta['bytes'] / frames:.0f} bytes a frame")
     if meta["skipped"] or meta["passed_over"]:
@@ -1862,6 +1908,7 @@ class GameResult(NamedTuple):
     turns: int
     length: int
     end: str
+    replayed: int = 0  # how often it was begun anew, because its worker process had died or hung
 
 
 def fresh_folder(wanted: str) -> str:
@@ -1934,10 +1981,11 @@ class Slot:
             self.game = None
 
 
-def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int]) -> None:
+def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int], folder: str) -> None:
     """A worker process: plays its rows' games as it is told through `pipe`. Games are made here, never inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`: NLE's temporary folders must go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`: temporary folders must go
+    tempfile.tempdir = folder  # for NLE, which makes a folder a game
     views = observation_views(shared, slots)
     mine = [Slot(views, row) for row in rows]
     try:
@@ -1957,75 +2005,144 @@ def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[in
     finally:
         for slot in mine:
             slot.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class WorkerDied(Exception):
-    """An evaluation worker is gone; so is this evaluation."""
+    """The same game has ended or blocked its worker process again and again."""
+
+
+class Worker:
+    """A worker process, seen from the main process. Its games' temporary folders lie in one of its own, which goes with it."""
+
+    def __init__(self, context: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int]) -> None:
+        self.rows, self.folder = list(rows), tempfile.mkdtemp(prefix="nethack_games_")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=play_worker, args=(theirs, shared, slots, self.rows, self.folder), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def tell(self, *command: Any) -> None:
+        with contextlib.suppress(OSError):  # it has died: that shows when it gives no answer
+            self.pipe.send(command)
+
+    def answer(self, seconds: int) -> Optional[List[GameResult]]:
+        """None if it has died, or gives no answer for so long. Time in which this process itself was stopped does not count."""
+        with contextlib.suppress(EOFError, OSError):
+            if any(self.pipe.poll(1.0) for _ in range(seconds)):
+                return self.pipe.recv()
+        return None
+
+    def end(self, patience: float) -> None:
+        self.process.join(timeout=patience)
+        if self.process.is_alive():
+            self.process.kill()  # a stopped process hears nothing else
+            self.process.join()
+        self.pipe.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class GamePool:
-    """`slots` game slots spread over worker processes. Which slot plays which game depends on neither's number of cores."""
+    """`slots` game slots spread over worker processes. Which slot plays which game depends on neither's number of cores.
 
-    def __init__(self, slots: int, workers: int = 0) -> None:
+    A worker that dies or hangs is replaced, and the games it was playing are begun anew from their seeds; games of other workers
+    go on as if nothing had happened. A game begun anew meets other random draws (they depend on the tick), so where actions are
+    drawn it goes another way: its result says `replayed`.
+    """
+
+    ANSWER_SECONDS = 60  # and one more for each slot: a worker that takes longer hangs
+    MAX_REPLAYS = 3  # of one game
+
+    def __init__(self, slots: int, workers: int = 0, mine: Optional[Sequence[int]] = None) -> None:
+        """`mine`: the slots to play here, where several processes share out the games; all by default."""
         self.slots = slots
         self.rows = -(-slots // 8) * 8  # padded: a matrix product's bits may differ with the number of rows, at multiples of 8 not
         sizes = {"tty_chars": CELLS, "tty_colors": CELLS, "tty_cursor": 2, "blstats": 4 * NUM_BLSTATS, "actions": 8, "fresh": 1,
                  "active": 1}  # fmt: skip
-        context = multiprocessing.get_context("spawn")
-        shared = {name: context.RawArray("b", size * self.rows) for name, size in sizes.items()}
-        self.views = observation_views(shared, self.rows)
-        count = max(1, min(workers or usable_cores(), slots))
-        self.pipes, self.processes = [], []
-        for worker in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=play_worker, args=(theirs, shared, self.rows, range(slots)[worker::count]), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.context = multiprocessing.get_context("spawn")
+        self.shared = {name: self.context.RawArray("b", size * self.rows) for name, size in sizes.items()}
+        self.views = observation_views(self.shared, self.rows)
+        mine = range(slots) if mine is None else mine
+        count = min(workers or usable_cores(), len(mine))
+        self.workers = [self._start(mine[number::count]) for number in range(count)]
+        self.queues: List[List[Tuple[int, int, int]]] = [[] for _ in range(slots)]  # each slot's unfinished games, as Slot takes them
+        self.replays: Dict[int, int] = {}
 
-    def _ask(self, *command: Any) -> List[GameResult]:
-        """Sends the command to all workers, then collects their answers."""
-        try:
-            for pipe in self.pipes:
-                pipe.send(command)
-            return [result for pipe in self.pipes for result in pipe.recv()]
-        except (EOFError, ConnectionError):
-            raise WorkerDied("an evaluation worker has died") from None
+    def _start(self, rows: Sequence[int]) -> Worker:
+        return Worker(self.context, self.shared, self.rows, rows)
 
-    def begin(self, character: str, games: int, eval_seed: int, max_steps: int, record: Optional[str] = None) -> None:
+    @property
+    def processes(self) -> List[Any]:
+        return [worker.process for worker in self.workers]
+
+    def _ask_all(self, command: str, check: Callable[[], None]) -> List[GameResult]:
+        """All workers work at the same time; one that gives no answer is replaced."""
+        results: List[GameResult] = []
+        for worker in self.workers:
+            self._tell(worker, command)
+        for number, worker in enumerate(self.workers):
+            answer = worker.answer(self.ANSWER_SECONDS + self.slots)
+            while answer is None:
+                answer = self._replace(number, check).answer(self.ANSWER_SECONDS + self.slots)
+            results.extend(answer)
+        return results
+
+    def _tell(self, worker: Worker, command: str) -> None:
+        begin = (self.character, {row: self.queues[row] for row in worker.rows}, self.max_steps, self.record)
+        worker.tell(command, *(begin if command == "begin" else ()))
+
+    def _replace(self, number: int, check: Callable[[], None]) -> Worker:
+        """A new worker with the old one's unfinished games, which it is told to begin."""
+        old = self.workers[number]
+        old.end(patience=0)
+        check()  # a signal to the whole group ends the workers as well: that is a stop, not a failure
+        playing = [self.queues[row][0][0] for row in old.rows if self.queues[row]]
+        warn(f"an evaluation worker died or hung; games played again from their beginning: {', '.join(map(str, playing)) or 'none'}")
+        for game in playing:
+            self.replays[game] = self.replays.get(game, 0) + 1
+            if self.replays[game] > self.MAX_REPLAYS:
+                raise WorkerDied(f"game {game} of {self.character}: its worker process died or hung {self.replays[game]} times")
+        self.workers[number] = worker = self._start(old.rows)
+        self._tell(worker, "begin")
+        return worker
+
+    def begin(self, character: str, games: int, eval_seed: int, max_steps: int, record: Optional[str] = None,
+              check: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         """Game k is played by slot k % slots: a fixed quota for each slot, so that short games are not over-counted."""
-        queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
-        self._ask("begin", character, queues, max_steps, record)
+        self.character, self.max_steps, self.record, self.replays = character, max_steps, record, {}
+        self.queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
+        self._ask_all("begin", check)
 
-    def step(self, actions: np.ndarray) -> List[GameResult]:
+    def step(self, actions: np.ndarray, check: Callable[[], None] = lambda: None) -> List[GameResult]:
+        """The games that ended by these actions, one a row. `check` may raise before a worker is replaced."""
         self.views["actions"][:] = actions
-        return self._ask("step")
+        results = self._ask_all("step", check)
+        for result in results:
+            self.queues[result.game % self.slots].pop(0)
+        return [result._replace(replayed=self.replays.get(result.game, 0)) for result in results]
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(("close",))
-        for process in self.processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.terminate()
+        for worker in self.workers:
+            worker.tell("close")
+        for worker in self.workers:
+            worker.end(patience=5)
 
 
 def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
                clear_state: bool = True, check: Callable[[], None] = lambda: None,
                record: Optional[str] = None) -> List[GameResult]:  # fmt: skip
-    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes.
+    """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes, as long as none
+    of them dies (GamePool).
 
     `check` is called at every tick and may raise to break the evaluation off. `record`: game k is recorded in the folder
     `<record>-<k>`, in NLD-AA's layout; a game that is cut is quit there, so that it too has its line in the xlogfile.
     """
     was_training = model.training
     model.eval()
-    pool.begin(character, games, eval_seed, max_steps, record)
+    pool.begin(character, games, eval_seed, max_steps, record, check)
     views, state, results = pool.views, None, []
     previous = np.full(pool.rows, NO_ACTION, dtype=np.int64)
-    bar = tqdm(total=games, desc=f"playing {character}", unit="game", leave=False, disable=None)
+    bar = progress(total=games, desc=f"playing {character}", unit="game", leave=False)
     cuda = [device] if device.type == "cuda" else []
     tick = 0
     while views["active"].any():
@@ -2040,11 +2157,7 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
             torch.manual_seed(derived_seed(eval_seed, tick))
             actions, state = model.vec_act({**obs, "prev_actions": previous}, state, device=str(device))
         previous = np.asarray(actions, dtype=np.int64).copy()
-        try:
-            finished = pool.step(previous)
-        except WorkerDied:
-            check()  # a signal to the whole group ends the workers as well: that is a stop, not a failure
-            raise
+        finished = pool.step(previous, check)
         results.extend(finished)
         bar.update(len(finished))
         tick += 1
@@ -2070,7 +2183,8 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Dict[str, 
     summary = {"normalized_score": float(normalized.mean()), "normalized_score_median": float(np.median(normalized)),
                "normalized_score_low": low, "normalized_score_high": high,
                "turns_mean": float(np.mean([result.turns for result in results])),
-               "length_mean": float(np.mean([result.length for result in results]))}  # fmt: skip
+               "length_mean": float(np.mean([result.length for result in results])),
+               "games_replayed": float(sum(result.replayed > 0 for result in results))}  # fmt: skip
     for name, values in (("reward", scores), ("depth", depths)):
         statistics = {"median": np.median, "mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
         summary.update({f"{name}_{statistic}": float(function(values)) for statistic, function in statistics.items()})
@@ -2103,13 +2217,16 @@ def geometric_mean(scores: Sequence[float]) -> float:
     return math.exp(sum(math.log(score) for score in scores) / len(scores)) if min(scores) > 0 else 0.0
 
 
-def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, device: torch.device,
-                     autocast: Callable[[], Any]) -> Dict[str, float]:  # fmt: skip
-    """The algorithm's own train_step, without gradient, over held-out chunks from their beginning: mean of its metrics."""
+def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, device: torch.device, autocast: Callable[[], Any],
+                     gather: Callable[[Any], List[Any]]) -> Dict[str, float]:  # fmt: skip
+    """The algorithm's own train_step, without gradient, over held-out chunks from their beginning: mean of its metrics.
+
+    The mean is over the counting frames of all processes, whose sums `gather` brings together.
+    """
     model, states, totals, counts = algorithm.model, {}, {}, 0.0
     was_training = model.training
     model.eval()
-    steps = min(loader.plan.steps, -(-max_frames // (loader.batch_size * loader.seq_len)))
+    steps = min(loader.plan.steps, -(-max_frames // (loader.plan.rows * loader.seq_len)))
     stream = loader.stream(0)
     try:
         with torch.no_grad():
@@ -2125,7 +2242,9 @@ def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, devic
     finally:
         stream.close()
         model.train(was_training)
-    means = {name: total / max(counts, 1.0) for name, total in totals.items()}
+    parts = gather((counts, totals))
+    counts = sum(part[0] for part in parts)
+    means = {name: sum(part[1][name] for part in parts) / max(counts, 1.0) for name in totals}
     moments = {name: means.pop(f"moment_{name}", math.nan) for name in ("return", "return_square", "value_error", "value_error_square")}
     variance = moments["return_square"] - moments["return"] ** 2
     if variance > 0:
@@ -2146,17 +2265,17 @@ NOT_IDENTITY = ("update_steps", "data_path", "store_path", "checkpoints_path", "
 
 
 def run_identity(config: TrainConfig) -> str:
-    """Equal for a run and what may continue it: settings, this script and the submission."""
+    """Equal for a run and what may continue it: settings, this script, the submission and the number of processes."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY and not name.startswith("eval_")}
     scripts = [sha256_of_file(Path(path)) for path in (__file__, config.submission) if path]
-    return hashlib.sha256(json.dumps([settings, scripts], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, scripts, WORLD], sort_keys=True).encode()).hexdigest()
 
 
 def describe_run(config: TrainConfig, identity: str, device: torch.device) -> Dict[str, Any]:
     """config.json: what is needed to know how a result came about."""
     commit = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True)
     hardware = {"machine": platform.machine(), "cores": usable_cores(), "threads": torch.get_num_threads(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}  # fmt: skip
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "processes": WORLD}  # fmt: skip
     versions = {"python": platform.python_version(), "torch": torch.__version__, "nle": nle.__version__, "numpy": np.__version__}
     return {"config": asdict(config), "identity": identity, "versions": versions, "hardware": hardware, "command": sys.argv,
             "commit": commit.stdout.strip() or None, "script_sha256": sha256_of_file(Path(__file__))}  # fmt: skip
@@ -2218,6 +2337,9 @@ def choose_run_folder(config: TrainConfig, identity: str) -> Tuple[Path, bool, O
 def read_checkpoint(path: Path, identity: Optional[str] = None) -> Dict[str, Any]:
     """A checkpoint's content. Raises UserError for one that is truncated, foreign or of another run."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
+            if archive.testzip() is not None:
+                raise ValueError("its checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # no code is run by reading it
     except Exception as error:  # torch reports damage by many types
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
@@ -2250,10 +2372,7 @@ def save_checkpoint(folder: Path, content: Dict[str, Any]) -> None:
     """Writes last.pt; the one before it becomes last.prev.pt. At every moment at least one of them is whole."""
     last, previous = folder / "last.pt", folder / "last.prev.pt"
     fresh = folder / ".last.pt.new"
-    try:
-        write_atomically(fresh, lambda file: torch.save(content, file))
-    except OSError as error:
-        raise UserError(f"cannot write {last}: {error.strerror}; the checkpoint before it is whole") from None
+    write_atomically(fresh, lambda file: torch.save(content, file))
     if last.exists():
         os.replace(last, previous)
     os.replace(fresh, last)
@@ -2270,14 +2389,113 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 # ======================================================================================================================
+# FIXED: several processes, one a GPU
+# ======================================================================================================================
+class LostRank(Exception):
+    """Another process of this training has ended, or has not answered in time."""
+
+
+class Ranks:
+    """The processes that torchrun has started for this training; where there is one, every operation gives back what it is given.
+
+    Each trains on rows of its own and plays slots of its own; process 0 alone writes. All processes meet in `gather`, `share`,
+    `maximum` and `average`, so all must call these in the same order.
+    """
+
+    ANSWER = timedelta(minutes=10)  # a process that lets the others wait longer at an update has been lost
+    WORK = timedelta(hours=24)  # the same where one may have games to play, or a store to build, that others have not
+
+    def __init__(self, cuda: bool) -> None:
+        self.rank, self.world = RANK, WORLD
+        if self.world > 1:
+            with self._meeting():
+                # torchrun may keep its store over a restart: what the processes before left there must not be taken for ours.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                self.store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=self.store, rank=self.rank,
+                                        world_size=self.world, timeout=self.ANSWER)  # fmt: skip
+                self.patient = dist.new_group(backend="gloo", timeout=self.WORK)
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # the base of all that torch.distributed raises
+            raise LostRank(f"process {self.rank} of {self.world} has lost the others: one of them has ended, and said why, or hangs; "
+                           "`torchrun --max-restarts 3 ... --resume true` would go on from the last checkpoint "
+                           f"({str(error)[:120]})") from None  # fmt: skip
+
+    def part(self, count: int) -> slice:
+        """This process's share of `count` rows."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def gather(self, mine: Any) -> List[Any]:
+        """Every process's object, in their order; waits as long as the slowest works."""
+        everyone = [mine] * self.world
+        if self.world > 1:
+            with self._meeting():
+                dist.all_gather_object(everyone, mine, group=self.patient)
+        return everyone
+
+    def share(self, content: Any) -> Any:
+        """Process 0's object."""
+        box = [content]
+        if self.world > 1:
+            with self._meeting():
+                dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
+
+    def maximum(self, number: int) -> int:
+        if self.world == 1:
+            return number
+        box = torch.tensor([number])
+        with self._meeting():
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
+    def average(self, tensors: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
+        """Replaces each tensor by its mean over the processes, weighted by `weight` []: one all-reduce, the same bits everywhere."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors] + [weight.new_ones(1, dtype=torch.float32)]).mul_(weight)
+        with self._meeting():
+            dist.all_reduce(flat)
+        flat /= flat[-1].clamp(min=1.0)
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors] + [1])):
+            tensor.copy_(mean.view_as(tensor))
+
+    def pass_on(self, number: int) -> int:
+        """A signal's number that this process or another one got; 0 without waiting if none did."""
+        if self.world > 1:
+            with self._meeting():
+                if number:
+                    self.store.set("signal", str(number))
+                elif self.store.check(["signal"]):
+                    number = int(self.store.get("signal"))
+        return number
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+# ======================================================================================================================
 # FIXED: training
 # ======================================================================================================================
 def choose_device(config: TrainConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    """Each of several processes on a machine takes a GPU of its own."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UserError(f"device is {config.device}, but torch finds no CUDA GPU")
-    return torch.device(config.device)
+    if WORLD == 1:
+        return torch.device("cuda" if config.device == "auto" else config.device)
+    if ":" in config.device:
+        raise UserError(f"device is {config.device}, but {WORLD} processes need a GPU each: leave device out")
+    if LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"{LOCAL_WORLD} processes on a machine with {torch.cuda.device_count()} GPUs: start at most that many")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> Optional[torch.dtype]:
@@ -2346,7 +2564,7 @@ def learning_rate_at(config: TrainConfig, transitions: int) -> float:
     warm = min(1.0, transitions / config.warmup_transitions) if config.warmup_transitions else 1.0
     if config.lr_schedule == "constant":
         return config.learning_rate * warm
-    total = config.update_steps * config.batch_size * config.seq_len
+    total = config.update_steps * config.batch_size * config.seq_len * WORLD
     return config.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, transitions / total))))
 
 
@@ -2377,6 +2595,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.device = choose_device(config)
+        self.ranks = Ranks(self.device.type == "cuda")
         self.precision = choose_precision(config, self.device)
         seed_everything(config.train_seed)
         self.algorithm = make_algorithm(config, self.device)
@@ -2386,7 +2605,7 @@ class Trainer:
         heldout = self.games.heldout(config.heldout_share)
         self.training_games, self.heldout_games = np.flatnonzero(~heldout), np.flatnonzero(heldout)
         self.reward_scale = self.games.reward_scale(self.training_games, config.gamma)
-        self.loader = self._loader(self.training_games, config.batch_size, config.train_seed)
+        self.loader = self._loader(self.training_games, config.batch_size * self.ranks.world, config.train_seed)
         groups = split_weight_decay(list(self.algorithm.model.named_parameters()), config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
@@ -2394,33 +2613,56 @@ class Trainer:
         self.skipped = self.skipped_in_row = 0
         self.pool: Optional[GamePool] = None
         self.recordings = recordings_folder(config)
-        self.stop_signal: Optional[int] = None
+        self.stop_signal = 0  # number of the signal that asked for it
         self.identity = run_identity(config)
-        self.folder, resumed, self.lock = choose_run_folder(config, self.identity)
+        self._check_that_processes_agree()
+        if self.ranks.rank:
+            torch.manual_seed(derived_seed(config.train_seed, self.ranks.rank))  # equal weights by now; dropout is to differ
+        chosen = choose_run_folder(config, self.identity) if self.ranks.rank == 0 else (None, None, None)
+        (self.folder, resumed), self.lock = self.ranks.share(chosen[:2]), chosen[2]
         self.wandb_id: Optional[str] = None
         if resumed:
             self._resume()
-        else:
+        elif self.ranks.rank == 0:
             self._describe()
         self.timers = Timers()
-        wandb_run = start_wandb(config, self.folder, self.wandb_id)
+        wandb_run = start_wandb(config, self.folder, self.wandb_id) if self.ranks.rank == 0 else None
         self.wandb_id = wandb_run.id if wandb_run is not None else self.wandb_id
-        self.logger = RunLogger(self.folder / "metrics.jsonl", wandb_run)
+        self.logger = RunLogger(self.folder / "metrics.jsonl" if self.ranks.rank == 0 else Path(os.devnull), wandb_run)
+
+    def _check_that_processes_agree(self) -> None:
+        """On several machines settings, scripts and games may differ by mistake, and so may what a seed gives."""
+        games = hashlib.sha256(repr((self.games.names, self.games.frames.tolist())).encode()).hexdigest()
+        facts = self.ranks.gather({"settings or scripts": self.identity, "games": games, "initial weights": self._weights_sum()})
+        for name in facts[0]:
+            others = [rank for rank, fact in enumerate(facts) if fact[name] != facts[0][name]]
+            if others:
+                raise UserError(f"process {others[0]} has not the same {name} as process 0")
+
+    def _weights_sum(self) -> float:
+        """Differs if two processes' weights do."""
+        return float(sum(parameter.detach().sum(dtype=torch.float64) for parameter in self.algorithm.parameters()))
 
     def _loader(self, chosen: np.ndarray, rows: int, seed: Optional[int], **options: Any) -> ChunkLoader:
+        """Of batches with so many rows on all processes together, this process's rows."""
         return ChunkLoader(self.games, chosen, rows, self.config.seq_len, seed, self.reward_scale, self.config.clip_range,
-                           threads=self.config.data_workers, pin=self.device.type == "cuda", **options)  # fmt: skip
+                           rows=self.ranks.part(rows), threads=self.config.data_workers, pin=self.device.type == "cuda",
+                           **options)  # fmt: skip
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.precision) if self.precision else contextlib.nullcontext()
 
     @property
     def transitions(self) -> int:
-        return self.step * self.config.batch_size * self.config.seq_len
+        return self.step * self.transitions_per_update
+
+    @property
+    def transitions_per_update(self) -> int:
+        return self.config.batch_size * self.config.seq_len * self.ranks.world
 
     # --- folder and checkpoints
     def _describe(self, finished_at_step: int = 0) -> None:
-        (self.folder / "config.yaml").write_text(pyrallis.dump(self.config), encoding="utf-8")
+        write_atomically(self.folder / "config.yaml", lambda file: file.write(pyrallis.dump(self.config).encode()))
         described = describe_run(self.config, self.identity, self.device)
         write_json(self.folder / "config.json", {**described, "finished_at_step": finished_at_step})
 
@@ -2441,27 +2683,44 @@ class Trainer:
     def _data_fingerprints(self) -> List[str]:
         return [str(store.meta["fingerprint"]) for store in self.games.stores]
 
-    def save(self) -> None:
+    def _own_state(self) -> Dict[str, Any]:
+        """What each of several processes has for itself."""
         rng = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = {name: tuple(part.cpu() for part in parts) for name, parts in self.rnn_states.items()}
+        return {"rnn_states": states, "rng": rng}
+
+    def save(self) -> None:
+        parts = self.ranks.gather((self._weights_sum(), self._own_state()))
+        if any(weights != parts[0][0] for weights, _ in parts):
+            raise RuntimeError(f"the processes' weights differ at step {self.step}: this must not happen, and no checkpoint is written")
+        if self.ranks.rank:
+            return
         content = {
             "format": CHECKPOINT_FORMAT, "identity": self.identity, "step": self.step, "evaluated_step": self.evaluated_step,
             "skipped": self.skipped, "model": self.algorithm.model.state_dict(),
             "algorithm": self._extra_state(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "rnn_states": self.rnn_states, "rng": rng, "best_heldout": self.best_heldout, "wandb_id": self.wandb_id,
+            "ranks": [state for _, state in parts], "best_heldout": self.best_heldout, "wandb_id": self.wandb_id,
             "data": self._data_fingerprints(), "config": json.dumps(asdict(self.config)),
         }  # fmt: skip
         save_checkpoint(self.folder, content)
 
-    def _resume(self) -> None:
+    def _prepare_to_resume(self) -> Optional[Dict[str, Any]]:
+        """The checkpoint to go on from, if there is one; the folder is made to fit it."""
         content, damaged = newest_checkpoint(self.folder, self.identity)
         if content is not None and content["data"] != self._data_fingerprints():
             raise UserError(f"{self.folder} cannot be resumed: the games in the data folder have changed since")
+        for path in self.folder.glob(".*.tmp"):  # left by a process that was killed; the folder's lock says nobody writes it
+            path.unlink()
         if damaged:  # it must not take the place of the whole one at the next save
             os.replace(self.folder / "last.pt", self.folder / "last.damaged.pt")
         self._describe(finished_at_step=read_json(self.folder / "config.json").get("finished_at_step", 0))
         cut_metrics(self.folder / "metrics.jsonl", content["step"] if content else 0)
+        return content
+
+    def _resume(self) -> None:
+        content = self.ranks.share(self._prepare_to_resume() if self.ranks.rank == 0 else None)
         if content is None:
             say(f"resuming {self.folder} from its beginning: it holds no checkpoint yet")
             return
@@ -2469,12 +2728,13 @@ class Trainer:
         self._load_extra_state(content["algorithm"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
-        self.rnn_states = {name: tuple(part.to(self.device) for part in parts) for name, parts in content["rnn_states"].items()}
+        own = content["ranks"][self.ranks.rank]
+        self.rnn_states = {name: tuple(part.to(self.device) for part in parts) for name, parts in own["rnn_states"].items()}
         self.step, self.evaluated_step, self.skipped = content["step"], content["evaluated_step"], content["skipped"]
         self.best_heldout, self.wandb_id = content["best_heldout"], content["wandb_id"]
-        torch.set_rng_state(content["rng"]["torch"])
-        if "cuda" in content["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+        torch.set_rng_state(own["rng"]["torch"])
+        if "cuda" in own["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)
         say(f"resuming {self.folder} at step {self.step}")
 
     # --- one update
@@ -2501,6 +2761,7 @@ class Trainer:
         with self.timers.measure("times/backward_pass"):
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
+            self._average_gradients(batch)
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.algorithm.parameters(), self.config.clip_grad_norm or math.inf)
             info["grad_norm"], info["skipped_updates"] = norm, self.skipped
@@ -2515,21 +2776,38 @@ class Trainer:
         self.step += 1
         return info
 
+    def _average_gradients(self, batch: Batch) -> None:
+        """Means over all processes of the gradients and of the numbers that the algorithm keeps (running means, say).
+
+        Weighted by the frames that count, so that the gradient of a masked mean is the one over all rows, to rounding. What an
+        algorithm normalises within its batch, as ours does its weights, it normalises within each process's rows.
+        """
+        if self.ranks.world == 1:
+            return
+        state = self.algorithm.state_dict() if hasattr(self.algorithm, "state_dict") else {}
+        numbers = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dtype == torch.float32]
+        gradients = [parameter.grad for parameter in self.algorithm.parameters() if parameter.grad is not None]
+        self.ranks.average([*gradients, *numbers], batch["mask"][:, :-1].sum())
+        if numbers:
+            self.algorithm.load_state_dict(state)
+
     def _skip_update(self) -> None:
         """A loss or gradient that is not finite must not reach the weights; many in a row end the run."""
         self.skipped, self.skipped_in_row, self.rnn_states = self.skipped + 1, self.skipped_in_row + 1, {}
-        warn(f"the gradient at step {self.step + 1} is not finite: update skipped, recurrent states cleared")
+        if self.ranks.rank == 0:  # it is all processes' gradient
+            warn(f"the gradient at step {self.step + 1} is not finite: update skipped, recurrent states cleared")
         if self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             raise UserError(f"{MAX_SKIPPED_IN_ROW} updates in a row had a gradient that is not finite, up to step {self.step + 1}: "
                             "lower learning_rate or set clip_grad_norm, and start from an earlier checkpoint")  # fmt: skip
 
     def log_training(self, info: Dict[str, Any], rate: float) -> None:
-        loss = float(info["loss"])
-        metrics = {f"train/{name}": float(value) for name, value in info.items() if name != "loss"}
-        row = {"loss": loss, **metrics, **self.timers.take(), "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+        parts = self.ranks.gather({name: float(value) for name, value in info.items()})
+        info = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        metrics = {f"train/{name}": value for name, value in info.items() if name != "loss"}
+        row = {"loss": info["loss"], **metrics, **self.timers.take(), "train/learning_rate": self.optimizer.param_groups[0]["lr"],
                "charts/SPS": rate}  # fmt: skip
         self.logger.log(row, self.step, self.transitions)
-        brief = {name: float(info[name]) for name in ("loss", "loss_per_action", "accuracy", "effective_sample_size") if name in info}
+        brief = {name: info[name] for name in ("loss", "loss_per_action", "accuracy", "effective_sample_size") if name in info}
         RunLogger.line("TRAIN_METRICS", {"step": self.step, "transitions": self.transitions, **brief, "transitions_per_s": rate})
 
     # --- evaluation
@@ -2538,9 +2816,10 @@ class Trainer:
         row: Dict[str, float] = {}
         timers = Timers()
         if len(self.heldout_games) and self.config.eval_heldout_frames:
-            rows = min(self.config.batch_size, 32)
+            rows = min(self.config.batch_size * self.ranks.world, max(32, self.ranks.world))
             loader = self._loader(self.heldout_games, rows, None, gamma_for_returns=self.config.gamma)
-            metrics = evaluate_heldout(self.algorithm, loader, self.config.eval_heldout_frames, self.device, self.autocast)
+            metrics = evaluate_heldout(self.algorithm, loader, self.config.eval_heldout_frames, self.device, self.autocast,
+                                       self.ranks.gather)  # fmt: skip
             row.update({f"heldout/{name}": value for name, value in metrics.items()})
             yardstick = metrics.get("loss_per_action", metrics.get("loss", math.inf))
             if yardstick < self.best_heldout:
@@ -2548,12 +2827,10 @@ class Trainer:
                 self._save_weights("best.pt")
         summaries: Dict[str, Dict[str, float]] = {}
         if self.config.eval_episodes:
-            self.pool = self.pool or GamePool(self.config.eval_processes, self.config.eval_workers)
             for character in self.config.characters:
                 record = self.recordings and str(self.recordings / f"{self.folder.name}-step{self.step}-{character}")
                 with timers.measure("times/evaluation_cpu"):
-                    results = play_games(self.pool, self.algorithm.model, character, self.config.eval_episodes, self.config.eval_seed,
-                                         self.config.eval_max_steps, self.device, self.config.eval_clear_state, self._check_stop, record)  # fmt: skip
+                    results = self._play(character, record)
                 self._save_results(results, character)
                 summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
@@ -2573,17 +2850,32 @@ class Trainer:
         if self.config.keep_checkpoints:
             self._save_weights(f"{self.step}.pt")
 
+    def _play(self, character: str, record: Optional[str]) -> List[GameResult]:
+        """The character's games, shared out over the processes by their slots: each game goes as it would with one process."""
+        config, results = self.config, None
+        if self.pool is None:
+            mine = range(config.eval_processes)[self.ranks.rank :: self.ranks.world]
+            self.pool = GamePool(config.eval_processes, config.eval_workers or -(-usable_cores() // LOCAL_WORLD), mine)
+        with contextlib.suppress(Stopped):
+            results = play_games(self.pool, self.algorithm.model, character, config.eval_episodes, config.eval_seed, config.eval_max_steps,
+                                 self.device, config.eval_clear_state, self._check_stop_here, record)  # fmt: skip
+        parts = self.ranks.gather(results)
+        if any(part is None for part in parts):
+            self._check_stop()
+        return sorted(result for part in parts for result in part)
+
     def _save_weights(self, name: str) -> None:
         content = {"format": CHECKPOINT_FORMAT, "identity": self.identity, "step": self.step, "model": self.algorithm.model.state_dict(),
                    "heldout": self.best_heldout, "config": json.dumps(asdict(self.config))}  # fmt: skip
-        write_atomically(self.folder / name, lambda file: torch.save(content, file))
+        if self.ranks.rank == 0:
+            write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def _save_results(self, results: Sequence[GameResult], character: str) -> None:
         """One value a game, in the order of the games' seeds."""
         scores = np.array([result.score for result in results])
         arrays = {"returns": scores, "depths": np.array([result.depth for result in results]),
                   "normalized_scores": scores / AUTOASCEND_MEAN_SCORE[character]}  # fmt: skip
-        for name, array in arrays.items():
+        for name, array in arrays.items() if self.ranks.rank == 0 else ():
             write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", lambda file, array=array: np.save(file, array))
 
     # --- the loop
@@ -2592,7 +2884,8 @@ class Trainer:
         say(f"run: {self.folder}")
         total, backbone = (sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.backbone))
         say(f"model: {total:,} parameters, {total - backbone:,} of them in the head; {self.device}, "
-            f"{str(self.precision or torch.float32)[6:]}; reward scale {self.reward_scale:.2f}")  # fmt: skip
+            f"{str(self.precision or torch.float32)[6:]}; reward scale {self.reward_scale:.2f}"
+            + (f"; {self.ranks.world} processes" if self.ranks.world > 1 else ""))  # fmt: skip
         say(f"games: {len(self.training_games)} for training, {len(self.heldout_games)} held out; "
             f"{self.loader.plan.steps} updates a pass")  # fmt: skip
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -2601,26 +2894,37 @@ class Trainer:
         except Stopped:
             self.save()
             say(f"stopped at step {self.step}; --resume true goes on from here")
+            self.ranks.close()
             raise
         finally:
             self.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        described = read_json(self.folder / "config.json")
-        write_json(self.folder / "config.json", {**described, "finished_at_step": self.step})
+        if self.ranks.rank == 0:
+            described = read_json(self.folder / "config.json")
+            write_json(self.folder / "config.json", {**described, "finished_at_step": self.step})
+        self.ranks.close()
 
     def _ask_to_stop(self, number: int, _frame: Any) -> None:
         self.stop_signal = number
 
     def _check_stop(self) -> None:
-        if self.stop_signal is not None:
+        """Raises Stopped on all processes if any of them got a signal."""
+        number = self.ranks.maximum(self.stop_signal)
+        if number:
+            raise Stopped(number)
+
+    def _check_stop_here(self) -> None:
+        """The same where the other processes are elsewhere."""
+        self.stop_signal = self.ranks.pass_on(self.stop_signal)
+        if self.stop_signal:
             raise Stopped(self.stop_signal)
 
     def _loop(self) -> None:
         """Updates, and at their steps: logged rows, evaluations, checkpoints. An evaluation cut short is played again whole."""
         config, last = self.config, self.config.update_steps
         stream = self.loader.stream(self.step)
-        bar = tqdm(total=last, initial=self.step, desc="training", unit="update", disable=None, dynamic_ncols=True)
+        bar = progress(total=last, initial=self.step, desc="training", unit="update", dynamic_ncols=True)
         since, begin = self.step, time.perf_counter()
         try:
             while True:
@@ -2637,7 +2941,7 @@ class Trainer:
                 info = self.update(stream, timed=logged)
                 bar.update()
                 if logged:
-                    self.log_training(info, (self.step - since) * config.batch_size * config.seq_len / (time.perf_counter() - begin))
+                    self.log_training(info, (self.step - since) * self.transitions_per_update / (time.perf_counter() - begin))
                     since, begin = self.step, time.perf_counter()
         finally:
             bar.close()
@@ -2664,10 +2968,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         keep_freed_memory()
         train(config)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + " ".join(str(error).split())[:2000], file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.args[0]  # as the shell reports a process ended by this signal
+    except LostRank as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before training had begun
         return 128 + signal.SIGINT
     return 0

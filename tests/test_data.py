@@ -703,6 +703,38 @@ def test_damaged_hdf5(katakomba, tmp_path, capsys):
         store_of(path, tmp_path, character)
 
 
+def test_hdf5_may_not_point_out_of_its_file(katakomba, tmp_path, capsys):
+    """Links and data kept elsewhere: a stranger's file could have any file of the reader's read as frames."""
+    character, _, folder = katakomba
+    path, other = tmp_path / f"data-{character}-any.hdf5", tmp_path / "other.hdf5"
+    with h5py.File(folder / path.name, "r") as file:
+        whole = {name: np.array(values) for name, values in file["000"].items()}
+    write_hdf5(other, {"game": whole})
+    write_hdf5(path, {"whole": whole})
+    raw = tmp_path / "secret.bin"
+    raw.write_bytes(whole["tty_chars"].tobytes())
+    with h5py.File(path, "a") as file:
+        file["a-external"] = h5py.ExternalLink(str(other), "/game")
+        file["b-soft"] = h5py.SoftLink("/whole")
+        file["c-nowhere"] = h5py.ExternalLink(str(tmp_path / "missing"), "/game")
+        chars = whole["tty_chars"]
+        layout = h5py.VirtualLayout(shape=chars.shape, dtype=chars.dtype)
+        layout[:] = h5py.VirtualSource(str(other), "game/tty_chars", shape=chars.shape)
+        for name in ("d-inner", "e-raw", "f-virtual"):
+            group = file.create_group(name)
+            for member, values in whole.items():
+                if member != "tty_chars":
+                    group[member] = values
+        file["d-inner"]["tty_chars"] = h5py.ExternalLink(str(other), "/game/tty_chars")
+        file["e-raw"].create_dataset("tty_chars", chars.shape, chars.dtype, external=[(str(raw), 0, raw.stat().st_size)])
+        file["f-virtual"].create_virtual_dataset("tty_chars", layout)
+        assert all((file[name]["tty_chars"][:] == chars).all() for name in ("a-external", "d-inner", "e-raw", "f-virtual")), "HDF5 follows none"
+    store = store_of(path, tmp_path, character)
+    assert store.names.tolist() == [f"{path.name}/whole"]
+    errors = capsys.readouterr().err
+    assert all(f"{path}:{name}" in errors for name in ("a-external", "b-soft", "c-nowhere", "d-inner", "e-raw", "f-virtual"))
+
+
 # -- damaged games -----------------------------------------------------------------------------------------------------
 
 

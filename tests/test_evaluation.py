@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def game_folder(tmp_path_factory):
     """Where the worker processes' NLE puts its folders: no other program's are among them."""
     folder = tmp_path_factory.mktemp("nle")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
         yield folder
 
 
@@ -402,7 +403,7 @@ def test_rewards_add_up_to_the_score_that_the_game_shows():
 
 # --- what is made of the results
 RESULTS = [GameResult(0, 100.0, 1, 10, 50, "died"), GameResult(1, 40.0, 3, 400, 1000, "no progress"), GameResult(2, 0.0, 2, 7, 60, "died"),
-           GameResult(3, 900.0, 4, 1000, 2000, "step limit")]  # fmt: skip
+           GameResult(3, 900.0, 4, 1000, 2000, "step limit", 2)]  # fmt: skip
 
 
 def test_summary_against_plain_arithmetic():
@@ -410,7 +411,8 @@ def test_summary_against_plain_arithmetic():
     scores, depths = [100.0, 40.0, 0.0, 900.0], [1, 3, 2, 4]
     normalized = [score / 8067.99 for score in scores]
     expected = {"normalized_score": statistics.mean(normalized), "normalized_score_median": statistics.median(normalized),
-                "turns_mean": 1417 / 4, "length_mean": 3110 / 4, "end_died": 0.5, "end_no_progress": 0.25, "end_step_limit": 0.25}  # fmt: skip
+                "turns_mean": 1417 / 4, "length_mean": 3110 / 4, "end_died": 0.5, "end_no_progress": 0.25, "end_step_limit": 0.25,
+                "games_replayed": 1}  # fmt: skip
     for name, values in (("reward", scores), ("depth", depths)):
         expected.update({f"{name}_mean": statistics.mean(values), f"{name}_median": statistics.median(values),
                          f"{name}_std": statistics.pstdev(values), f"{name}_min": min(values), f"{name}_max": max(values)})  # fmt: skip
@@ -504,12 +506,12 @@ def wait_until(condition, seconds=30):
 
 def test_closing_ends_workers_and_removes_their_folders(tmp_path, monkeypatch):
     """Also in the middle of games."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pool = GamePool(4, 2)
     workers = list(pool.processes)
     pool.begin("mon-hum-neu", 6, 50, 100)
     pool.step(np.full(pool.rows, SEARCH))
-    assert len(list(tmp_path.iterdir())) >= 4, "NLE's folders lie elsewhere: this shows nothing"
+    assert len(list(tmp_path.glob("*/nle*"))) >= 4, "NLE's folders lie elsewhere: this shows nothing"
     assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     pool.close()
     assert not any(worker.is_alive() for worker in workers)
@@ -536,6 +538,54 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_worker_that_dies_or_hangs_is_replaced(number, pools, game_folder, monkeypatch, capsys):
+    """Its games are begun anew and marked; those of the other workers go as they go undisturbed."""
+    undisturbed = play(pools[2], Player(greedy=False))
+    before = set(game_folder.iterdir())
+    monkeypatch.setattr(GamePool, "ANSWER_SECONDS", 2)
+    pool = GamePool(SLOTS, 2)
+    victim, seen = pool.processes[0], []
+
+    class Disturbing(Player):
+        def vec_act(self, obs, state=None, device="cpu"):
+            seen.append(state is None or float(state[0][:, 0].abs().sum()))
+            if len(seen) == 40:
+                os.kill(victim.pid, number)
+            return super().vec_act(obs, state, device)
+
+    try:
+        results = play(pool, Disturbing(greedy=False))
+        assert pool.processes[0] is not victim and not victim.is_alive()
+        assert 0.0 in seen[40:42], "the game begun anew must find a cleared state"
+    finally:
+        pool.close()
+    assert [result.game for result in results] == list(range(7))
+    others, own = ([result for result in results if (result.game % SLOTS == 1) is other] for other in (True, False))
+    assert others == [result for result in undisturbed if result.game % SLOTS == 1]
+    assert [result.game for result in own if result.replayed] == [0, 2] and all(result.replayed <= 1 for result in results)
+    assert "games played again from their beginning: 0, 2" in capsys.readouterr().err
+    assert pomdp.summarize_games(results, "mon-hum-neu")["games_replayed"] == 2
+    assert set(game_folder.iterdir()) == before, "folders are left behind"
+
+
+def test_a_game_that_kills_every_worker_ends_the_evaluation(game_folder):
+    """Instead of replacing workers for ever."""
+    pool = GamePool(2, 1)
+
+    class Deadly(Scripted):
+        def vec_act(self, obs, state=None, device="cpu"):
+            os.kill(pool.processes[0].pid, signal.SIGKILL)
+            return super().vec_act(obs, state, device)
+
+    try:
+        pool.MAX_REPLAYS = 1
+        with pytest.raises(pomdp.WorkerDied, match="game 0 of mon-hum-neu"):
+            play(pool, Deadly(), games=2)
+    finally:
+        pool.close()
+
+
 def test_workers_and_folders_go_with_a_main_process_that_is_killed(tmp_path):
     (tmp_path / "main.py").write_text(ENDLESS_GAMES, encoding="utf-8")
     running = []
@@ -548,7 +598,7 @@ def test_workers_and_folders_go_with_a_main_process_that_is_killed(tmp_path):
     try:
         for number, folder, process in running:
             workers = [int(word) for word in process.stdout.readline().split()]
-            assert len(workers) == 1 and len(list(folder.iterdir())) >= 2
+            assert len(workers) == 1 and len(list(folder.glob("*/nle*"))) >= 2
             process.send_signal(number)
             assert process.wait(timeout=30) != 0
             assert wait_until(lambda worker=workers[0]: not runs(worker)), f"{number.name}: a worker lives on"

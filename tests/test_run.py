@@ -333,7 +333,7 @@ def test_evaluation_leaves_training_alone(small, folder, group):
     assert small(eval_every=10, eval_heldout_frames=0, update_steps=3, name="quiet")[0] == 0
     (quiet,) = group.glob("quiet-*")
     one, other = load(folder / "last.pt"), load(quiet / "last.pt")
-    for name in ("model", "optimizer", "rnn_states", "rng", "algorithm"):
+    for name in ("model", "optimizer", "ranks", "algorithm"):
         assert_same(one[name], other[name])
 
 
@@ -506,7 +506,7 @@ def test_resume_may_change_what_does_not_change_training(small, group, tmp_path,
                            checkpoint_every=3, data_workers=2, eval_heldout_frames=64)  # fmt: skip
     assert status == 0 and "at step 2" in out
     straight, moved = (tmp_path / "elsewhere" / "nethack_awr-v0" / f"{name}-{MONK}-seed42" for name in ("awr", "moved"))
-    for name in ("model", "optimizer", "rnn_states"):
+    for name in ("model", "optimizer", "ranks"):
         assert_same(load(straight / "last.pt")[name], load(moved / "last.pt")[name])
 
 
