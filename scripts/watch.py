@@ -395,7 +395,7 @@ def panel_lines(view: View, width: int) -> List[List[Piece]]:
     if shown is None:
         return lines + [plain("this submission shows neither", DARK), plain("probabilities nor a value", DARK)]
     if opinion.probabilities is None:
-        lines.append(plain("its outputs (no probabilities, no value)", DARK))
+        lines += [plain("the submission's outputs", DARK), plain("(no probabilities, no value)", DARK)]
     for action in np.argsort(-shown, kind="stable")[:TOP].tolist():
         chosen = action == opinion.action if view.played is None else view.played != UNKNOWN_KEY and same_key(action, view.played)
         color = YELLOW if chosen else GRAY

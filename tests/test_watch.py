@@ -152,6 +152,7 @@ def test_other_submissions_show_what_they_can(tmp_path, stores_path, reference, 
     actor, config = actor_of(str(tmp_path / "last.pt"))
     views = list(watch.agent_game(actor, config, MONK, 50, 0, 3))
     text = "\n".join("".join(piece[0] for piece in line) for line in watch.panel_lines(views[1], 38))
+    assert all(sum(len(piece[0]) for piece in line) <= 38 for line in watch.panel_lines(views[1], 38)), "cut off"
     assert says in text and f"presses  {watch.action_name(views[1].opinion.action)}" in text
     assert views[1].opinion.probabilities is None and views[1].opinion.value is None
 
