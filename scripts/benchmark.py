@@ -159,7 +159,7 @@ def bench_read(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
 
 def bench_build(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
     by_size = sorted(data.found.games, key=lambda game: game.size)
-    some = by_size[1 : 1 + max(1, len(by_size) // 4) : max(1, len(by_size) // 16)]  # four games among the shorter ones
+    some = by_size[len(by_size) // 4 : len(by_size) // 2 + 1 : max(1, len(by_size) // 8)]  # three games, not among the longest
 
     def ours() -> float:
         return sum(pomdp.encode_game(game).frames for game in some)
