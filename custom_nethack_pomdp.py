@@ -45,9 +45,11 @@ import math
 import multiprocessing
 import netrc
 import os
+import pickle
 import platform
 import random
 import re
+import select
 import shutil
 import signal
 import struct
@@ -1998,6 +2000,9 @@ class Slot:
             self.game = None
 
 
+STEP, NOTHING = b"step", b""  # messages between the main process and its workers; any other is pickled
+
+
 def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[int], folder: str) -> None:
     """A worker process: plays its rows' games as it is told through `pipe`. Games are made here, never inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
@@ -2007,14 +2012,15 @@ def play_worker(pipe: Any, shared: Dict[str, Any], slots: int, rows: Sequence[in
     mine = [Slot(views, row) for row in rows]
     try:
         while True:
-            command, *arguments = pipe.recv()
-            if command == "begin":
-                character, queues, *options = arguments
+            message = pipe.recv_bytes()
+            if message == STEP:
+                results = [result for result in [slot.step() for slot in mine] if result is not None]
+                pipe.send_bytes(pickle.dumps(results) if results else NOTHING)
+            elif message:
+                character, queues, *options = pickle.loads(message)
                 for slot in mine:
                     slot.begin(character, queues[slot.row], *options)
-                pipe.send([])
-            elif command == "step":
-                pipe.send([result for result in (slot.step() for slot in mine) if result is not None])
+                pipe.send_bytes(NOTHING)
             else:
                 return
     except (EOFError, OSError):  # the main process is gone
@@ -2038,16 +2044,19 @@ class Worker:
         self.process = context.Process(target=play_worker, args=(theirs, shared, slots, self.rows, self.folder), daemon=True)
         self.process.start()
         theirs.close()
+        self.ready = select.poll()
+        self.ready.register(self.pipe, select.POLLIN)
 
-    def tell(self, *command: Any) -> None:
+    def tell(self, message: bytes) -> None:
         with contextlib.suppress(OSError):  # it has died: that shows when it gives no answer
-            self.pipe.send(command)
+            self.pipe.send_bytes(message)
 
     def answer(self, seconds: int) -> Optional[List[GameResult]]:
         """None if it has died, or gives no answer for so long. Time in which this process itself was stopped does not count."""
         with contextlib.suppress(EOFError, OSError):
-            if any(self.pipe.poll(1.0) for _ in range(seconds)):
-                return self.pipe.recv()
+            if any(self.ready.poll(1000) for _ in range(seconds)):
+                message = self.pipe.recv_bytes()
+                return pickle.loads(message) if message else []
         return None
 
     def end(self, patience: float) -> None:
@@ -2092,11 +2101,9 @@ class GamePool:
     def processes(self) -> List[Any]:
         return [worker.process for worker in self.workers]
 
-    def _ask_all(self, command: str, check: Callable[[], None]) -> List[GameResult]:
-        """All workers work at the same time; one that gives no answer is replaced."""
+    def _answers(self, check: Callable[[], None]) -> List[GameResult]:
+        """Of all workers, which work at the same time; one that gives none is replaced."""
         results: List[GameResult] = []
-        for worker in self.workers:
-            self._tell(worker, command)
         for number, worker in enumerate(self.workers):
             answer = worker.answer(self.ANSWER_SECONDS + self.slots)
             while answer is None:
@@ -2104,9 +2111,8 @@ class GamePool:
             results.extend(answer)
         return results
 
-    def _tell(self, worker: Worker, command: str) -> None:
-        begin = (self.character, {row: self.queues[row] for row in worker.rows}, self.max_steps, self.record)
-        worker.tell(command, *(begin if command == "begin" else ()))
+    def _tell_games(self, worker: Worker) -> None:
+        worker.tell(pickle.dumps((self.character, {row: self.queues[row] for row in worker.rows}, self.max_steps, self.record)))
 
     def _replace(self, number: int, check: Callable[[], None]) -> Worker:
         """A new worker with the old one's unfinished games, which it is told to begin."""
@@ -2120,7 +2126,7 @@ class GamePool:
             if self.replays[game] > self.MAX_REPLAYS:
                 raise WorkerDied(f"game {game} of {self.character}: its worker process died or hung {self.replays[game]} times")
         self.workers[number] = worker = self._start(old.rows)
-        self._tell(worker, "begin")
+        self._tell_games(worker)
         return worker
 
     def begin(self, character: str, games: int, eval_seed: int, max_steps: int, record: Optional[str] = None,
@@ -2128,19 +2134,23 @@ class GamePool:
         """Game k is played by slot k % slots: a fixed quota for each slot, so that short games are not over-counted."""
         self.character, self.max_steps, self.record, self.replays = character, max_steps, record, {}
         self.queues = [[(k, *game_seeds(eval_seed, k)) for k in range(slot, games, self.slots)] for slot in range(self.slots)]
-        self._ask_all("begin", check)
+        for worker in self.workers:
+            self._tell_games(worker)
+        self._answers(check)
 
     def step(self, actions: np.ndarray, check: Callable[[], None] = lambda: None) -> List[GameResult]:
         """The games that ended by these actions, one a row. `check` may raise before a worker is replaced."""
         self.views["actions"][:] = actions
-        results = self._ask_all("step", check)
+        for worker in self.workers:
+            worker.tell(STEP)
+        results = self._answers(check)
         for result in results:
             self.queues[result.game % self.slots].pop(0)
         return [result._replace(replayed=self.replays.get(result.game, 0)) for result in results]
 
     def close(self) -> None:
         for worker in self.workers:
-            worker.tell("close")
+            worker.tell(NOTHING)
         for worker in self.workers:
             worker.end(patience=5)
 

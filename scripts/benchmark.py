@@ -5,6 +5,8 @@
 
 Every row times ours and theirs alternately, `--repeats` times each, and gives medians, the spread (quartiles over the
 median) and, last, the ratio ours / theirs of the medians. Machines are shared and noisy: trust the ratio, never one time.
+Ours runs with the memory settings that the script gives itself (keep_freed_memory), another's network in a process of its
+own with glibc's usual ones, as its users would have it.
 
 read      frames/s of one core: the chunk store's batches against nle.dataset's TtyrecDataset on the same games, and against
           Katakomba's gzip and memmap readers on some of them; bytes a frame and peak memory beside them
@@ -21,6 +23,7 @@ grow      read and train at 1, 4, 16 and 64 times the games (repeated) and on 1 
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -52,17 +55,48 @@ def once(work: Callable[[], float]) -> float:
     return units / (time.perf_counter() - begin)
 
 
-def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: Optional[Callable[[], float]], repeats: int,
+def serve(pipe: Any, make: Callable[..., Callable[[], float]], arguments: Any) -> None:
+    """In a process of its own: does make(*arguments)() whenever it is asked to, and answers with units a second."""
+    work = make(*arguments)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while pipe.recv():
+            pipe.send(once(work))
+
+
+class Elsewhere:
+    """Work that is done and timed in a process of its own."""
+
+    def __init__(self, make: Callable[..., Callable[[], float]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, make, arguments))
+        self.process.start()
+        theirs.close()
+
+    def speed(self) -> float:
+        self.pipe.send(True)
+        return float(self.pipe.recv())
+
+    def close(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+
+def speed_of(work: Any) -> float:
+    return work.speed() if isinstance(work, Elsewhere) else once(work)
+
+
+def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: Any, repeats: int,
             quiet: bool = False, **extra: Any) -> Dict[str, Any]:  # fmt: skip
     """Times both alternately; -> the row of the table, shown unless `quiet`."""
     speeds: Dict[str, List[float]] = {"ours": [], "theirs": []}
     ours()  # caches, compilers and worker processes warm up
-    if theirs is not None:
-        theirs()
-    for _ in range(repeats):
-        speeds["ours"].append(once(ours))
+    for turn in range(repeats + 1):
+        if turn:
+            speeds["ours"].append(once(ours))
         if theirs is not None:
-            speeds["theirs"].append(once(theirs))
+            speed = speed_of(theirs)
+            speeds["theirs"] += [speed] if turn else []  # its first call warms up too
     median = {side: statistics.median(values) if values else None for side, values in speeds.items()}
     quartiles = np.percentile(speeds["ours"], [25, 75])
     result = {"row": row, "what": what, "ours": median["ours"], "theirs": median["theirs"],
@@ -245,18 +279,25 @@ def bench_act(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
         for rows in (1, 8, 14, 32):
             obs = {**observations(data, rows), "prev_actions": np.zeros(rows, np.int64)}
 
-            def act(actor: Any, obs: Any = obs) -> Callable[[], float]:
-                def steps() -> float:
-                    state = None
-                    for _ in range(5):
-                        _, state = actor.vec_act(obs, state)
-                    return 5
-
-                return steps
-
+            theirs = Elsewhere(plain_acting, obs)
             what = f"packed step in {precision} against nn.LSTM, {rows} games"
-            results.append(compare("act", what, "steps/s", act(model), act(plain), options.repeats, **(agreement if rows == 8 else {})))
+            results.append(compare("act", what, "steps/s", acting(model, obs), theirs, options.repeats, **(agreement if rows == 8 else {})))
+            theirs.close()
     return results
+
+
+def acting(actor: Any, obs: Dict[str, np.ndarray]) -> Callable[[], float]:
+    def steps() -> float:
+        state = None
+        for _ in range(10):
+            _, state = actor.vec_act(obs, state)
+        return 10
+
+    return steps
+
+
+def plain_acting(obs: Dict[str, np.ndarray]) -> Callable[[], float]:
+    return acting(PlainModel(full_model()), obs)
 
 
 def make_async_env(character: str) -> Any:
@@ -300,29 +341,40 @@ def bench_play(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
         envs.close()
 
 
-def bench_evaluate(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    model, ticks = full_model(), 25
-    plain, envs, pool = PlainModel(model), make_async_env(data.character), pomdp.GamePool(8)
+TICKS = 25  # of a timed evaluation
+
+
+def plain_evaluation(character: str) -> Callable[[], float]:
+    """A loop like Katakomba's vec_evaluate over the same network: one environment a process, nn.LSTM at every step."""
+    plain, envs = PlainModel(full_model()), make_async_env(character)
     raw, _ = envs.reset()
 
-    def ours() -> float:
-        results = pomdp.play_games(pool, model, data.character, 8, 0, ticks, torch.device("cpu"))
-        return sum(result.length for result in results)
-
-    def theirs() -> float:
+    def evaluate() -> float:
         obs, state, previous = raw, None, np.zeros(8, np.int64)
-        for _ in range(ticks):
+        for _ in range(TICKS):
             frame = {name: np.asarray(obs[name]) for name in pomdp.OBSERVATIONS}
             frame["blstats"] = frame["blstats"].astype(np.int32)
             previous, state = plain.vec_act({**frame, "prev_actions": previous}, state)
             obs, *_ = envs.step(previous)
-        return 8 * ticks
+        return 8 * TICKS
 
-    try:
-        return [compare("evaluate", "play_games against AsyncVectorEnv and nn.LSTM, 8 games", "game steps/s", ours, theirs, options.repeats)]
-    finally:
-        pool.close()
-        envs.close()
+    return evaluate
+
+
+def bench_evaluate(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    results, pool = [], pomdp.GamePool(8)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model, theirs = full_model(), Elsewhere(plain_evaluation, data.character)
+        model.backbone.acting_dtype = dtype
+
+        def ours(model: Any = model) -> float:
+            return sum(game.length for game in pomdp.play_games(pool, model, data.character, 8, 0, TICKS, torch.device("cpu")))
+
+        what = f"play_games in {precision} against AsyncVectorEnv and nn.LSTM, 8 games"
+        results.append(compare("evaluate", what, "game steps/s", ours, theirs, options.repeats))
+        theirs.close()
+    pool.close()
+    return results
 
 
 def make_trainer(data: Data, folder: str, rows: int, steps: int, threads: int) -> Any:
@@ -374,7 +426,7 @@ def bench_train(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]
             peak = matrix_peak(trainer.device, trainer.precision)
             ours, theirs = updates(trainer, stream, 20 if cuda else 1), None
             if options.katakomba:
-                theirs = katakomba.iql_update(options.katakomba, 64, 16, str(trainer.device))
+                theirs = Elsewhere(katakomba.iql_update, options.katakomba, 64, 16, str(trainer.device))
             ours()
             trainer.timers.take()
             timed: List[float] = []
@@ -385,9 +437,8 @@ def bench_train(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]
                 timed.append(time.perf_counter() - begin)
                 return units
 
-            against = "Katakomba's IQL at 64 x 16 without its loading" if theirs else "nothing"
-            row = compare("train", f"update at {rows} x {steps} on {trainer.device} against {against}", "transitions/s", watched, theirs,
-                          options.repeats, quiet=True)  # fmt: skip
+            what = f"update at {rows} x {steps} on {trainer.device}" + " against Katakomba's IQL at 64 x 16" * bool(theirs)
+            row = compare("train", what, "transitions/s", watched, theirs, options.repeats, quiet=True)
             row["waiting_for_data"] = round(trainer.timers.take()["times/batch_loading_cpu"] / sum(timed), 4)
             row["share_of_matrix_peak"] = round(row["ours"] * matrix_flops(trainer) / peak, 3)
             row["peak_memory_mb"] = peak_memory_mb()
@@ -397,6 +448,8 @@ def bench_train(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]
             results.append(row)
             stream.close()
             trainer.close()
+            if theirs:
+                theirs.close()
     return results
 
 
