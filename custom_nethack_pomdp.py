@@ -34,12 +34,14 @@ successor of frame T - 1. Only frames 0 .. T - 1 can carry loss.
 import argparse
 import bz2
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
 import fcntl
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -1891,7 +1893,7 @@ class NetHackGame:
 
     def step(self, action: int) -> Tuple[Dict[str, np.ndarray], float, bool, Dict[str, Any]]:
         """-> obs, reward (difference of the in-game score), done, info. At the end of a game info has score, depth, turns,
-        length and end ('died', 'no progress' or 'step limit')."""
+        length, end ('died', 'no progress' or 'step limit') and cause (of a death, as GameResult has it)."""
         raw, reward, done, *_, info = self.env.step(int(action))
         self.steps += 1
         self.score += int(reward)
@@ -1905,7 +1907,8 @@ class NetHackGame:
         if end is None:
             return self._observe(raw), float(reward), False, info
         final = {"score": self.score, "depth": int(self.last_blstats[12]), "turns": int(self.last_blstats[20]),
-                 "length": self.steps, "end": end}  # fmt: skip
+                 "length": self.steps, "end": end,
+                 "cause": self.env.unwrapped.nethack.how_done().name.lower().replace("_", " ") if over else ""}  # fmt: skip
         return self._observe(raw), float(reward), True, {**info, **final}
 
     def quit(self) -> None:
@@ -1928,6 +1931,7 @@ class GameResult(NamedTuple):
     length: int
     end: str
     replayed: int = 0  # how often it was begun anew, because its worker process had died or hung
+    cause: str = ""  # if it died, NetHack's own word for how: died (killed), starving, drowning, stoning, quit, ascended, ...
 
 
 def fresh_folder(wanted: str) -> str:
@@ -1988,7 +1992,8 @@ class Slot:
         _, _, done, info = self.game.step(int(self.actions[self.row]))
         if not done:
             return None
-        result = GameResult(self.number, float(info["score"]), info["depth"], info["turns"], info["length"], info["end"])
+        result = GameResult(self.number, float(info["score"]), info["depth"], info["turns"], info["length"], info["end"],
+                            cause=info["cause"])  # fmt: skip
         if self.record and result.end != "died":
             self.game.quit()
         self._next_game()
@@ -2230,6 +2235,16 @@ def score_table(summaries: Dict[str, Dict[str, float]], games: int) -> str:
         numbers = f"{row['reward_mean']:>8.0f} {row['reward_median']:>8.0f} {row['depth_mean']:>6.1f} {row['turns_mean']:>7.0f}"
         lines.append(f"{name:<12} {games:>5} {row['normalized_score']:>10.4f} {interval:>16} {numbers}  {ends}")
     return "\n".join(lines)
+
+
+def game_rows(results: Sequence[GameResult], character: str, eval_seed: int) -> List[Dict[str, Any]]:
+    """The table of evaluated games: a row a game, in the order of their numbers."""
+    rows = []
+    for result in results:
+        core, disp = game_seeds(eval_seed, result.game)
+        normalized = result.score / AUTOASCEND_MEAN_SCORE[character]
+        rows.append({"character": character, **result._asdict(), "normalized_score": normalized, "core_seed": core, "disp_seed": disp})
+    return rows
 
 
 def column_name(character: str) -> str:
@@ -2858,7 +2873,9 @@ class Trainer:
                 record = self.recordings and str(self.recordings / f"{self.folder.name}-step{self.step}-{character}")
                 with timers.measure("times/evaluation_cpu"):
                     results = self._play(character, record)
-                self._save_results(results, character)
+                rows = game_rows(results, character, self.config.eval_seed)
+                if self.ranks.rank == 0:
+                    self._save_results(results, rows, character)
                 summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
                 row.update({prefix + name: value for name, value in summary.items()})
@@ -2897,13 +2914,18 @@ class Trainer:
         if self.ranks.rank == 0:
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
-    def _save_results(self, results: Sequence[GameResult], character: str) -> None:
-        """One value a game, in the order of the games' seeds."""
+    def _save_results(self, results: Sequence[GameResult], rows: Sequence[Dict[str, Any]], character: str) -> None:
+        """One value a game, in the order of the games' seeds, and all that is known of each as a table."""
         scores = np.array([result.score for result in results])
         arrays = {"returns": scores, "depths": np.array([result.depth for result in results]),
                   "normalized_scores": scores / AUTOASCEND_MEAN_SCORE[character]}  # fmt: skip
-        for name, array in arrays.items() if self.ranks.rank == 0 else ():
+        for name, array in arrays.items():
             write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", lambda file, array=array: np.save(file, array))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.folder / f"{self.step}_{character}_games.csv", lambda file: file.write(table.getvalue().encode()))
 
     # --- the loop
     def run(self) -> None:

@@ -335,6 +335,7 @@ def test_ends_are_told_apart(pools):
 
     results = play(pools[3], Scripted(act), games=3, max_steps=2000)
     assert [(result.end, result.length, result.turns) for result in results] == [("died", 5, 4), ("no progress", 1007, 2), ("died", 30, 1)]
+    assert [result.cause for result in results] == ["quit", "", "quit"]
     results = play(pools[3], Scripted(act), games=3, max_steps=20)
     assert [(result.end, result.length, result.turns) for result in results] == [("died", 5, 4), ("step limit", 20, 2), ("step limit", 20, 1)]
 
@@ -373,12 +374,29 @@ def test_a_reset_starts_the_count_anew(game):
     assert steps_until_done(game, [ESC])["length"] == 1000
 
 
+def test_the_cause_of_a_death_is_what_nethack_itself_notes(tmp_path):
+    """A tourist who walks about at random does not live long."""
+    said = {"died": "killed by", "starving": "starv", "poisoning": "poison", "quit": "quit", "drowning": "drown", "crushing": "crush"}
+    rng, causes = np.random.default_rng(0), set()
+    actions = [index for index, action in enumerate(nethack.ACTIONS) if action.name[0] in "NSEW" and index < 16]  # moves and runs
+    for number in range(2):
+        game = NetHackGame("tou-hum-neu", str(tmp_path / str(number)))
+        game.reset(*game_seeds(50, number))
+        info = steps_until_done(game, (rng.choice(actions) if step % 50 else ESC for step in range(100_000)))
+        game.close()
+        (noted,) = pomdp.parse_xlogfile(next((tmp_path / str(number)).glob("*xlogfile")))
+        assert info["end"] == "died" and said[info["cause"]] in noted["death"]
+        causes.add(info["cause"])
+    assert causes - {"quit"}, "nobody died: this shows nothing"
+
+
 @pytest.mark.parametrize("limit, end", [(1, "step limit"), (2, "died"), (3, "died")])
 def test_the_step_limit_and_a_death_at_the_same_step(limit, end):
     game = NetHackGame("mon-hum-neu", max_steps=limit)
     game.reset(*game_seeds(50, 0))
     info = steps_until_done(game, [QUIT, YES])
     assert (info["end"], info["length"]) == (end, min(limit, 2))
+    assert info["cause"] == ("quit" if end == "died" else "")
     game.close()
 
 
@@ -441,6 +459,13 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
         covered += low <= 1.0 <= high
     # A percentile interval over 50 skewed values covers some 92 %; four standard errors either way are 5.4 %.
     assert 0.865 < covered / repeats < 0.98
+
+
+def test_the_table_of_games():
+    rows = pomdp.game_rows(RESULTS, "ran-hum-neu", 50)
+    assert [{name: row[name] for name in GameResult._fields} for row in rows] == [result._asdict() for result in RESULTS]
+    assert [(row["core_seed"], row["disp_seed"]) for row in rows] == [game_seeds(50, k) for k in range(4)]
+    assert [row["normalized_score"] for row in rows] == [result.score / 8067.99 for result in RESULTS]
 
 
 def test_names_and_the_mean_over_characters():

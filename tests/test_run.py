@@ -4,6 +4,7 @@ The network's size cannot be changed by settings, so runs through the command li
 shared. What does not depend on the size is tested in this process on a small network.
 """
 
+import csv
 import json
 import os
 import re
@@ -152,8 +153,13 @@ def test_three_characters_print_what_readers_look_for(full):
 def test_three_characters_write_the_folder_of_the_design(full):
     folder = full["three_folder"]
     arrays = {f"2_{character}_{name}.npy" for character in CHARACTERS for name in ("returns", "depths", "normalized_scores")}
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "config.json", "metrics.jsonl", "last.pt", "best.pt"} | arrays
+    tables = {f"2_{character}_games.csv" for character in CHARACTERS}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "config.json", "metrics.jsonl", "last.pt", "best.pt"} | arrays | tables
     for character in CHARACTERS:
+        with open(folder / f"2_{character}_games.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["game"]) for row in rows] == [0, 1, 2] and {row["character"] for row in rows} == {character}
+        assert [float(row["score"]) for row in rows] == np.load(folder / f"2_{character}_returns.npy").tolist()
         returns, depths, normalized = (np.load(folder / f"2_{character}_{name}.npy") for name in ("returns", "depths", "normalized_scores"))
         assert returns.shape == depths.shape == normalized.shape == (3,)
         assert np.allclose(normalized, returns / AUTOASCEND_MEAN_SCORE[character], rtol=1e-12)
