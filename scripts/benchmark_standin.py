@@ -21,6 +21,7 @@ NUM_ACTIONS = 121
 SCREEN_SHAPE = (3, 108, 108)  # an 18 x 18 crop round the cursor, 6 x 6 pixels a cell
 
 Batch = Dict[str, torch.Tensor]
+Encoded = Tuple[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]  # the LSTM's output [B, T, H] and its state
 States = Dict[str, Any]
 
 
@@ -107,10 +108,10 @@ class ModelBackbone(nn.Module):
             parts.append(F.one_hot(inputs["prev_actions"], self.num_actions).reshape(B * T, -1).to(parts[0].dtype))
         return torch.cat(parts, dim=-1).view(B, T, -1)
 
-    def _compute(self, inputs: Batch, state: Optional[Tuple[torch.Tensor, ...]]):
+    def _compute(self, inputs: Batch, state: Optional[Tuple[torch.Tensor, ...]]) -> Encoded:
         return self.rnn(self._encode(inputs), None if state is None else tuple(state))
 
-    def forward(self, inputs: Batch, state: Optional[Tuple[torch.Tensor, ...]] = None):
+    def forward(self, inputs: Batch, state: Optional[Tuple[torch.Tensor, ...]] = None) -> Encoded:
         device = inputs["tty_chars"].device.type
         if device != "cpu" or not torch.is_autocast_enabled("cpu"):
             return self._compute(inputs, state)
@@ -132,7 +133,7 @@ class _Compute(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, inputs: Batch, state: Any):
+    def forward(self, inputs: Batch, state: Any) -> Encoded:
         return self.backbone._compute(inputs, state)
 
 
@@ -207,7 +208,8 @@ def made_up_frames(rng: np.random.Generator, *lead: int) -> Dict[str, np.ndarray
     }
 
 
-def made_up_batches(config: TrainConfig, seed: int, game_end: float = 0.15, num_actions: int = NUM_ACTIONS) -> Iterator[Dict[str, np.ndarray]]:
+def made_up_batches(config: TrainConfig, seed: int, game_end: float = 0.15,
+                    num_actions: int = NUM_ACTIONS) -> Iterator[Dict[str, np.ndarray]]:
     """Batches [B, seq_len + 1, ...] as the benchmark's buffer gives them: each begins with the step that ended the one before.
 
     Games end anywhere (with probability `game_end` a step, so also at once, and at a chunk's first and last step) and the next one
@@ -281,7 +283,7 @@ def run_acting(model: Any, ticks: int, slots: int = 14, seed: int = 0, device: s
     rng = np.random.default_rng(seed)
     model.eval()
     obs = made_up_frames(rng, slots)
-    shared = {k: v for k, v in obs.items()}
+    shared = dict(obs)
     obs["prev_actions"] = np.zeros(slots, dtype=float)
     state: Any = None
     taken = []

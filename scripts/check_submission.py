@@ -57,9 +57,11 @@ HELPERS = {"ModelBackbone": standin.ModelBackbone, "soft_update": standin.soft_u
 PROVIDED = frozenset(HELPERS) | {"os", "random", "deepcopy", "asdict", "dataclass", "Any", "Dict", "List", "Optional", "Tuple",
                                  "np", "torch", "nn", "F", "Categorical"}
 # What every module has, and what Python makes of a class or an annotation.
-IMPLICIT = {"__name__", "__file__", "__doc__", "__annotations__", "__builtins__", "__module__", "__qualname__", "__build_class__", "__class__"}
+IMPLICIT = {"__name__", "__file__", "__doc__", "__annotations__", "__builtins__", "__module__", "__qualname__",
+            "__build_class__", "__class__"}
 # A block computes: it neither talks to the outside nor reaches names that a static check cannot see.
-FORBIDDEN_BUILTINS = {"open", "print", "input", "breakpoint", "exit", "quit", "eval", "exec", "compile", "globals", "locals", "vars", "__import__"}
+FORBIDDEN_BUILTINS = {"open", "print", "input", "breakpoint", "exit", "quit", "eval", "exec", "compile", "globals",
+                      "locals", "vars", "__import__"}
 IMPORTABLE = {"torch", "numpy"}  # beside the standard library: all that is sure to be in the benchmark's container
 
 TASK_LIMIT = 2_000_000     # parameters beyond the backbone, from the task's text
@@ -112,7 +114,8 @@ def extract(text: str, path: str = "the file") -> Block:
     marked = {words: [i for i, line in enumerate(lines) if line.lstrip().startswith("#") and words in line] for words in (BEGIN, END)}
     for words, found in marked.items():
         if len(found) > 1:
-            raise UserError("{}: {} banners '{}' (lines {}), expected one".format(path, len(found), words, ", ".join(str(i + 1) for i in found)))
+            lines_found = ", ".join(str(i + 1) for i in found)
+            raise UserError(f"{path}: {len(found)} banners '{words}' (lines {lines_found}), expected one")
     if not marked[BEGIN] and not marked[END]:
         return _bare_block(lines, path)
     for words, found in marked.items():
@@ -127,7 +130,10 @@ def extract(text: str, path: str = "the file") -> Block:
 
 
 def _past_rule(lines: List[str], at: int, step: int) -> int:
-    """Walks over the banner's own comment lines to the first line beyond its rule; a banner without a rule is the one line that holds its words."""
+    """Walks over the banner's own comment lines to the first line beyond its rule.
+
+    A banner without a rule is the one line that holds its words.
+    """
     place = at
     while 0 <= place < len(lines) and lines[place].startswith("#"):
         if re.fullmatch(r"#\s*[=#\-*]{8,}\s*", lines[place]):
@@ -142,7 +148,7 @@ def _bare_block(lines: List[str], path: str) -> Block:
     try:
         defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: no banners '{BEGIN}' and '{END}', and not a bare block either: {_one_line(error)}")
+        raise UserError(f"{path}: no banners '{BEGIN}' and '{END}', and not a bare block either: {_one_line(error)}") from None
     if not {"Model", "OfflineAlgorithm"} <= defined or {"ModelBackbone", "TrainConfig"} & defined:
         raise UserError(f"{path}: no banners '{BEGIN}' and '{END}', and not a bare block (classes Model and OfflineAlgorithm, without the "
                         "backbone and the config) either")
@@ -154,9 +160,9 @@ def read_block(path: str) -> Block:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}")
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file")
+        raise UserError(f"{path} is not a text file") from None
     return extract(text, path)
 
 
@@ -187,7 +193,7 @@ def export(block: Block, path: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise UserError(f"cannot export to {path}: {error.strerror or error}")
+        raise UserError(f"cannot export to {path}: {error.strerror or error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,10 +205,11 @@ def check_syntax(block: Block) -> str:
     try:
         tree = ast.parse(block.source, feature_version=(3, 9))
     except SyntaxError as error:
-        raise CheckFailed(f"{block.where(error.lineno or 1)}: {error.msg}")
+        raise CheckFailed(f"{block.where(error.lineno or 1)}: {error.msg}") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            raise CheckFailed(f"{block.where(node.lineno)}: from __future__ is allowed at the top of a file only, and the block goes into the middle of one")
+            raise CheckFailed(f"{block.where(node.lineno)}: from __future__ is allowed at the top of a file only, and the block goes "
+                              "into the middle of one")
         annotations = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         for annotation in filter(None, annotations):
             for part in ast.walk(annotation):
@@ -288,7 +295,8 @@ def check_names(block: Block) -> str:
 def load(block: Block, folder: str) -> types.ModuleType:
     """The block executed in a module of its own that holds the provided names and nothing else, from a file in `folder`.
 
-    It is not registered in sys.modules: the benchmark does not register its own either, and a dataclass with postponed annotations fails then.
+    It is not registered in sys.modules: the benchmark does not register its own either, and a dataclass with postponed annotations
+    fails then.
     """
     path = os.path.join(folder, STANDIN_FILE)
     with open(path, "w", encoding="utf-8") as file:
@@ -324,7 +332,8 @@ class Trial:
         self.config = standin.TrainConfig(batch_size=3, seq_len=8)
 
     def backbone(self, **sizes: Any) -> standin.ModelBackbone:
-        return standin.ModelBackbone(action_dim=standin.NUM_ACTIONS, rnn_dropout=0.0, use_prev_action=True, **(sizes or SMALL)).to(self.device)
+        backbone = standin.ModelBackbone(action_dim=standin.NUM_ACTIONS, rnn_dropout=0.0, use_prev_action=True, **(sizes or SMALL))
+        return backbone.to(self.device)
 
     def algorithm(self, **sizes: Any) -> Any:
         torch.manual_seed(0)
@@ -430,7 +439,8 @@ def check_extreme_rewards(trial: Trial) -> str:
             batch["rewards"] = sign(batch["rewards"].shape) * trial.config.clip_range
             yield batch
 
-    signs: List[Callable[[Tuple[int, ...]], np.ndarray]] = [np.ones, lambda shape: -np.ones(shape), lambda shape: 1.0 - 2.0 * (np.indices(shape)[1] % 2)]
+    signs: List[Callable[[Tuple[int, ...]], np.ndarray]] = [
+        np.ones, lambda shape: -np.ones(shape), lambda shape: 1.0 - 2.0 * (np.indices(shape)[1] % 2)]
     for sign in signs:
         trial.train(trial.algorithm(), batches=at_the_bounds(sign), scale_rewards=False)
     return f"+-{trial.config.clip_range:g}"
@@ -452,7 +462,10 @@ def check_extreme_head(trial: Trial) -> str:
 
 
 def own_loader_batch(config: standin.TrainConfig, seed: int, end: int, device: str = "cpu") -> standin.Batch:
-    """A batch with the dtypes and keys of our own loader, all rows at a game's start. The game ends at frame `end - 1`, and what follows it does not count."""
+    """A batch with the dtypes and keys of our own loader, all rows at a game's start.
+
+    The game ends at frame `end - 1`, and what follows it does not count.
+    """
     data = next(standin.made_up_batches(config, seed=seed, game_end=0.0))
     batch = {k: torch.as_tensor(v, device=device) for k, v in data.items()}
     place = torch.arange(config.seq_len + 1, device=device).expand(config.batch_size, -1)
@@ -478,7 +491,8 @@ def check_held_out(trial: Trial) -> str:
         losses.append(loss.item())
         with torch.no_grad():
             batch["returns"] = batch["rewards"].flip(1).cumsum(1).flip(1)
-            held_out, states, info = algo.train_step(batch, batch["actions"][:, -2:-1], {k: tuple(s.detach() for s in v) for k, v in states.items()})
+            carried = {name: tuple(part.detach() for part in state) for name, state in states.items()}
+            held_out, states, info = algo.train_step(batch, batch["actions"][:, -2:-1], carried)
         require(not held_out.requires_grad and bool(torch.isfinite(held_out)), f"without gradient the loss is {held_out}")
         inspect_states(states, "held out: ")
         inspect_info(info, "held out: ")
@@ -543,7 +557,8 @@ def check_whole_file(block: Block) -> str:
     name = "_whole_file_under_check"
     module = _module_by_path(block.path, name)
     require(name not in sys.modules, "it registers itself in sys.modules")
-    backbone = module.ModelBackbone(action_dim=standin.NUM_ACTIONS, rnn_hidden_dim=2048, rnn_layers=2, rnn_dropout=0.0, use_prev_action=True)
+    backbone = module.ModelBackbone(action_dim=standin.NUM_ACTIONS, rnn_hidden_dim=2048, rnn_layers=2, rnn_dropout=0.0,
+                                    use_prev_action=True)
     config = module.TrainConfig()
     algo = module.OfflineAlgorithm(backbone=backbone, config=config, device="cpu")
     return budget(head_size(algo, backbone))
@@ -607,7 +622,7 @@ def attempt(block: Block, name: str, check: Callable[..., Any], *arguments: Any)
         return Result(name, False, str(failure))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  the code under check may raise anything, SystemExit among it: all of it is a failed check
+    except BaseException as error:  # the code under check may raise anything, SystemExit among it: all of it is a failed check
         return Result(name, False, _one_line(error) + _place(block, error))
 
 

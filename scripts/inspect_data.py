@@ -36,9 +36,9 @@ for folder in (HERE, os.path.dirname(HERE)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-from watch import action_name  # noqa: E402
+from watch import action_name
 
-from custom_nethack_pomdp import (  # noqa: E402
+from custom_nethack_pomdp import (
     AUTOASCEND_MEAN_SCORE,
     NUM_ACTIONS,
     UNKNOWN_KEY,
@@ -254,7 +254,7 @@ def statistics(values: Sequence[Optional[int]]) -> Optional[Dict[str, float]]:
 def heldout_count(names: Sequence[str], share: float) -> int:
     """Games held out of these, by the rule of a run that trains on them."""
     games = types.SimpleNamespace(names=list(names), stores=[list(names)])
-    return int(Games.heldout(games, share).sum()) if names else 0
+    return int(Games.heldout(games, share).sum()) if names else 0  # type: ignore[arg-type]  # it needs no more of Games
 
 
 def describe(found: Found, reports: Sequence[Union[GameReport, str]], share: float) -> Dict[str, Any]:
@@ -269,7 +269,7 @@ def describe(found: Found, reports: Sequence[Union[GameReport, str]], share: flo
         "turns": statistics([report.turns for report in whole]),
     }  # fmt: skip
     if whole and whole[0].actions is not None:
-        counts = np.sum([report.actions for report in whole], axis=0)
+        counts = np.sum([report.actions for report in whole if report.actions is not None], axis=0)
         total = int(counts.sum())
         order = np.argsort(-counts[:NUM_ACTIONS], kind="stable")
         told["actions"] = [{"action": int(action), "name": action_name(int(action)), "frames": int(counts[action]),

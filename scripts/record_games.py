@@ -41,7 +41,7 @@ import shutil
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -51,9 +51,9 @@ for folder in (HERE, os.path.dirname(HERE)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-from nle import nethack  # noqa: E402
+from nle import nethack
 
-from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, NetHackGame, UserError  # noqa: E402
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, NetHackGame, UserError
 
 KEYS = [int(action) for action in nethack.ACTIONS]
 QUIT = [KEYS.index(key) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]  # ESC, ESC, #quit, y
@@ -76,7 +76,7 @@ class Task(NamedTuple):
         return f"{self.character}-{self.seed}-{self.k}"
 
 
-def load_player(spec: str):
+def load_player(spec: str) -> Callable[..., Any]:
     """The function that `module:function` names."""
     module, _, function = spec.partition(":")
     if not module or not function:
@@ -108,7 +108,9 @@ def play(task: Task) -> Dict[str, Any]:
     player = load_player(task.player)(np.random.default_rng(chance))
     # NLE names its files when it starts. Readers pass over folders with a dot in front, so half a game is never read.
     part = os.path.join(task.out, f".{task.name}.{task.run}.part")
-    score, depth, frames, info = 0.0, 1, 0, {}
+    score, depth, frames = 0.0, 1, 0
+    obs: Dict[str, np.ndarray] = {}
+    info: Dict[str, Any] = {}
     try:
         game = NetHackGame(task.character, savedir=part)
 

@@ -18,6 +18,7 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -155,8 +156,9 @@ def read_run(folder: Path) -> Dict[str, Any]:
             if (folder / f"{step}_{character}_depths.npy").is_file():
                 depths[character] = read_array(folder / f"{step}_{character}_depths.npy")
             shares = {end: tested.get(f"{prefix}end_{end.replace(' ', '_')}") for end in study.ENDS}
-            if None not in shares.values():
-                ends[character] = {end: round(share * len(scores[character])) for end, share in shares.items()}
+            counts = {end: round(share * len(scores[character])) for end, share in shares.items() if share is not None}
+            if len(counts) == len(shares):
+                ends[character] = counts
     settings = {name: value for name, value in config.items() if name not in study.NOT_SETTINGS}
     submission = config.get("submission")
     return {
@@ -196,7 +198,8 @@ def collect(rows: Sequence[Dict[str, Any]]) -> Tuple[List[Arm], List[str]]:
     remarks: List[str] = []
     newest: Dict[Tuple[Any, ...], Dict[str, Any]] = {}
     for row in rows:
-        newest[(*study.row_key(row), row["settings"])] = row
+        key = (*study.row_key(row), row["settings"])
+        newest[key] = row
     if len(newest) < len(rows):
         remarks.append(f"{len(rows) - len(newest)} rows repeat others (same arm, seed, characters and settings); "
                        "the last of each was taken.")  # fmt: skip
@@ -360,12 +363,12 @@ def learning_table(arms: Sequence[Arm], column: str) -> str:
         rows = trained_on(arm, column)
         if not rows or arm.variant != study.DEFAULT_VARIANT:
             continue
-        heldout = [over_seeds(rows, lambda row, name=name: row["heldout"].get(name))
+        heldout = [over_seeds([row["heldout"] for row in rows], methodcaller("get", name))
                    for name in ("loss_per_action", "accuracy", "value_rmse", "explained_variance", "effective_sample_size")]  # fmt: skip
         transitions, seconds = over_seeds(rows, lambda row: row["transitions"]), over_seeds(rows, lambda row: row["wall_seconds"])
-        lines.append([arm.label, str(len(rows)), f"{transitions.value / 1e6:.3g}", spread(heldout[0], 4), spread(heldout[1], 3),
+        lines.append([arm.label, str(len(rows)), f"{transitions.value / 1e6:.3g}" if transitions else NOTHING, spread(heldout[0], 4), spread(heldout[1], 3),
                       spread(over_seeds(rows, lambda row: row["train_loss"]), 4), *(spread(value, 3) for value in heldout[2:]),
-                      f"{seconds.value:.0f}"])  # fmt: skip
+                      f"{seconds.value:.0f}" if seconds else NOTHING])  # fmt: skip
     return table(header, lines)
 
 
@@ -399,7 +402,7 @@ def settings_text(arms: Sequence[Arm]) -> List[str]:
             most = max(values, key=lambda value: len(values[value]))
             others = "; ".join(f"{value} for {', '.join(dict.fromkeys(labels))}" for value, labels in values.items() if value != most)
             lines.append(f"* `{name}`: {most}, but {others}")
-    data = {}
+    data: Dict[str, Dict[str, None]] = {}  # character -> texts, each once, in the order of the rows
     for _, row in rows:
         for character, part in row["data"].items():
             text = " ".join(f"{part[name]['games']} games ({part[name]['frames']:,} frames) {what}" + ","
@@ -519,7 +522,7 @@ def shared_legend(figure: Any, axes: Any) -> None:
 
 def draw_improvement(arms: Sequence[Arm], characters: Sequence[str], references: Sequence[str], resamples: int, out: Path) -> Optional[str]:
     """P(arm > reference) with its interval; a panel a reference that is there."""
-    found = {}
+    found: Dict[str, Dict[str, Estimate]] = {}
     for arm in arms:
         for name, reference in zip(references, choose_references(arm, arms, references)):
             value = estimate_improvement(arm, reference, characters, resamples) if reference else None
@@ -656,8 +659,8 @@ def write_report(rows: Sequence[Dict[str, Any]], out: Path, references: Sequence
     if characters:
         played = [arm for arm in arms if arm.label not in unplayed]
         text.extend(["## Scores", "", summary_table(played, characters, references, resamples), "",
-                     "P(arm > reference): share of pairs of games in which the arm scores more, ties counted half, mean over characters; "
-                     "bold where the interval leaves out 0.5.", ""])  # fmt: skip
+                     ("P(arm > reference): share of pairs of games in which the arm scores more, ties counted half, mean over characters; "
+                     "bold where the interval leaves out 0.5."), ""])  # fmt: skip
         figures += [draw_scores(played, characters, resamples, out), draw_improvement(played, characters, references, resamples, out)]
         text.extend(embedded(figures))
         for character in characters:

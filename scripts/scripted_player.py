@@ -6,11 +6,12 @@ explores, searches for hidden ways, and goes down when it is strong enough or ha
 
 import re
 from collections import deque
+from typing import Deque, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 from nle import nethack
 
-KEYS = {}  # key -> action; the first of two for the few keys that have two
+KEYS: Dict[str, int] = {}  # key -> action; the first of two for the few keys that have two
 for _index, _action in enumerate(nethack.ACTIONS):
     KEYS.setdefault(chr(_action.value), _index)
 ESC, RETURN, KICK, PRAY = "\x1b", "\r", "\x04", chr(nethack.Command.PRAY.value)
@@ -19,6 +20,7 @@ ESC, RETURN, KICK, PRAY = "\x1b", "\r", "\x04", chr(nethack.Command.PRAY.value)
 STEPS = {"k": -80, "l": 1, "j": 80, "h": -1, "u": -79, "n": 81, "b": 79, "y": -81}
 STRAIGHT = (-80, 1, 80, -1)
 CELLS, TOP, BOTTOM = 24 * 80, 80, 22 * 80
+Look = Tuple[str, int]  # character and colour of a cell
 
 # What a cell is, by character and colour.
 WALL, FLOOR, DOOR, TRAP, BOULDER, MONSTER = range(6)
@@ -44,22 +46,35 @@ EDIBLE = re.compile(
 class ScriptedPlayer:
     """Plays one game. `rng`, a numpy.random.Generator, is its only source of chance."""
 
-    def __init__(self, rng):
+    # Of the level: cells, and (cell, offset) -> how often that step got nowhere.
+    stairs: Set[int]
+    locked: Set[int]
+    statues: Set[int]
+    food: Set[int]
+    tasted: Set[int]
+    failed: Dict[Tuple[int, int], int]
+    reach: Dict[int, Optional[str]]  # cells that `walk` passed -> first key of the way there, None where we are
+
+    def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.queue = []  # keys to press next, whatever is on the screen
+        self.queue: List[str] = []  # keys to press next, whatever is on the screen
         self.heard = ""  # messages since the last decision
-        self.level, self.place, self.states, self.hungry = None, "", "", None
+        self.level: Optional[str] = None
+        self.place = self.states = ""
+        self.hungry: Optional[re.Match[str]] = None
         self.hp = self.max_hp = self.xl = self.turn = self.idle = 0
         self.prayed = -890  # turn; the first prayer is safe from about turn 100 on
         self.friends = {("d", 15), ("f", 15)}  # looks of pets: at first, dogs and cats in white
-        self.peaceful = {}  # look -> turn in which the game asked "Really attack?"
-        self.archer, self.bow = None, False  # whether we have arrows for a bow; whether it is in hand
-        self.kill = None  # (cell, turn, kind) of what we killed last
+        self.peaceful: Dict[Look, int] = {}  # look -> turn in which the game asked "Really attack?"
+        self.archer: Optional[bool] = None  # whether we have arrows for a bow
+        self.bow = False  # whether it is in hand
+        self.kill: Optional[Tuple[int, int, str]] = None  # (cell, turn, kind) of what we killed last
         self.eating, self.meals = False, 0  # whether it is to be eaten now; how often we began
         self.own_food = self.pickup = True
-        self.goal = self.step_taken = None  # what the last key was meant for: a cell; (from, offset, look of the cell)
+        self.goal: Optional[int] = None  # what the last key was meant for: a cell
+        self.step_taken: Optional[Tuple[int, int, Look]] = None  # (from, offset, look of the cell)
 
-    def act(self, obs):
+    def act(self, obs: Mapping[str, np.ndarray]) -> int:
         """Index into nethack.ACTIONS of the next key. obs: tty_chars uint8 [24, 80], tty_colors int8 [24, 80], tty_cursor [2]."""
         chars, colors = obs["tty_chars"], obs["tty_colors"] & 31
         self.text, self.colors = chars.tobytes().decode("latin-1"), colors.tobytes()
@@ -74,7 +89,7 @@ class ScriptedPlayer:
             self.idle, self.turn = (self.idle + 1 if turn == self.turn else 0), turn
         return KEYS.get(self.choose(row), KEYS[ESC])
 
-    def choose(self, row):
+    def choose(self, row: int) -> str:
         if self.idle > 60:  # whatever it is that keeps us, this gets out of it
             self.queue = []
             return (ESC, "s", ESC, self.rng.choice(list(STEPS)))[self.idle % 4]
@@ -90,7 +105,7 @@ class ScriptedPlayer:
         self.heard += self.text[:80]
         return self.decide()
 
-    def answer(self, question):
+    def answer(self, question: str) -> str:
         letters = re.search(r"\[[^\w]*(\w[^\]]*) or \?\*\]", question)
         if "Really attack" in question and self.goal is not None:
             self.peaceful[self.look(self.goal)] = self.turn
@@ -106,22 +121,22 @@ class ScriptedPlayer:
             return arrows.group() if arrows else ESC
         return "y" if "sure you want to pray" in question else ESC
 
-    def look(self, cell):
+    def look(self, cell: int) -> Look:
         return self.text[cell], self.colors[cell]
 
-    def decide(self):
+    def decide(self) -> str:
         if self.place != self.level:
             self.level, self.arrival, self.kicks, self.no_kicks = self.place, self.turn, 0, False
             self.known, self.searched = np.zeros(CELLS, bool), np.zeros(CELLS)  # cells we stood beside; searches made there
             self.stairs, self.locked, self.statues, self.food, self.tasted = set(), set(), set(), set(), set()
-            self.failed = {}  # (cell, offset) -> how often that step got nowhere
+            self.failed = {}
         self.learn()
         rules = (self.setup, self.survive, self.fight, self.eat, self.rest, self.explore)
         key = next(filter(None, (rule() for rule in rules)), "s")  # of the first that has one
         self.heard = ""
         return key
 
-    def learn(self):
+    def learn(self) -> None:
         """Draws conclusions from the screen, from the messages and from whether the last step got anywhere."""
         self.known[[self.here, *(self.here + offset for offset in STEPS.values())]] = True
         self.stairs |= self.cells(">")
@@ -138,7 +153,7 @@ class ScriptedPlayer:
         kill = re.search(r"You kill (?:the |poor |invisible )*([A-Za-z -]+?)!", heard)
         if kill and cell is not None:
             self.kill, self.meals = (cell, self.turn, kill.group(1)), 0
-        elif step and self.here == step[0] and not kill:
+        elif step and cell is not None and self.here == step[0] and not kill:
             if "door is locked" in heard:
                 self.locked.add(cell)
             elif re.search("Perhaps that's why|statue|in vain|diagonal", heard):
@@ -147,10 +162,10 @@ class ScriptedPlayer:
             elif KIND[ord(step[2][0]), step[2][1]] != MONSTER:  # to try three times is enough, or once if it took no time
                 self.failed[step[:2]] = self.failed.get(step[:2], 0) + (3 if self.idle else 1)
 
-    def cells(self, character):
+    def cells(self, character: str) -> Set[int]:
         return {found.start() for found in re.finditer(re.escape(character), self.text[:BOTTOM]) if found.start() >= TOP}
 
-    def setup(self):
+    def setup(self) -> Optional[str]:
         if self.archer is None:
             self.archer = "Tenderfoot" in self.text[BOTTOM:]
         self.archer |= "arrows (in quiver" in self.heard
@@ -163,24 +178,25 @@ class ScriptedPlayer:
             return "@"
         if self.text[self.here - 81 : self.here - 78] == "/-\\":
             return self.step(self.rng.choice(list(STEPS)))  # swallowed: hit out
+        return None
 
-    def step(self, key):
+    def step(self, key: str) -> str:
         self.goal = self.here + STEPS[key]
         self.step_taken = self.here, STEPS[key], self.look(self.goal)
         return key
 
-    def wait(self, turns="20"):
+    def wait(self, turns: str = "20") -> str:
         self.queue = [*turns[1:], "s"]
         return turns[0]
 
-    def monsters(self):
+    def monsters(self) -> List[int]:
         return [cell for cell in np.flatnonzero(self.kind[:BOTTOM] == MONSTER).tolist() if cell >= TOP and cell != self.here]
 
-    def harmless(self, cell):
+    def harmless(self, cell: int) -> bool:
         look = self.look(cell)
         return look in self.friends or cell in self.statues or self.turn - self.peaceful.get(look, -99) < 50
 
-    def enemies(self, reach):
+    def enemies(self, reach: int) -> List[Tuple[int, str, Look]]:
         """(distance, key, look) of the first enemy in each direction, up to `reach` cells away, nearest first."""
         found = []
         for key, offset in STEPS.items():
@@ -194,21 +210,23 @@ class ScriptedPlayer:
                     break
         return sorted(found)
 
-    def survive(self):
+    def survive(self) -> Optional[str]:
         low = self.hp < 6 or self.hp * 7 < self.max_hp
         if self.turn - self.prayed > (1000 if low else 850) and (low or re.search("Weak|Faint", self.states)):
             self.prayed = self.turn
             return PRAY
+        return None
 
-    def fight(self):
+    def fight(self) -> Optional[str]:
         for distance, key, look in self.enemies(7 if self.archer else 1):
             if self.archer and look[0] != "@":  # shopkeepers and the watch are @: the game asks before a blow, not before a shot
                 self.queue, self.goal = [key], self.here + STEPS[key] * distance
                 return "f"
             if distance == 1 and look not in PASSIVE:
                 return self.step(key)
+        return None
 
-    def eat(self):
+    def eat(self) -> Optional[str]:
         self.eating = False
         if self.kill and "Satiated" not in self.states:
             cell, turn, kind = self.kill
@@ -224,18 +242,21 @@ class ScriptedPlayer:
                 self.food.discard(self.here)
                 return "e"
             return self.walk(self.food)
+        return None
 
-    def rest(self):
+    def rest(self) -> Optional[str]:
         threats = any(not self.harmless(cell) and self.look(cell) not in PASSIVE for cell in self.monsters())
         return None if threats or self.hp >= 0.6 * self.max_hp else self.wait()
 
-    def walk(self, goals):
+    def walk(self, goals: Set[int]) -> Optional[str]:
         """First key of a shortest way to one of the cells `goals` (a set), if there is one. Keeps all cells passed as `reach`."""
-        kind, self.reach, todo = self.kind.tobytes(), {self.here: None}, deque([self.here])
+        kind, self.reach = self.kind.tobytes(), {self.here: None}
+        todo: Deque[int] = deque([self.here])
         while todo:
             cell = todo.popleft()
-            if cell in goals and cell != self.here:
-                return self.go(self.reach[cell])
+            first = self.reach[cell]
+            if cell in goals and first is not None:
+                return self.go(first)
             for key, offset in STEPS.items():
                 to = cell + offset
                 if to in self.reach or not TOP <= to < BOTTOM or kind[to] in (WALL, TRAP) or self.failed.get((cell, offset), 0) > 2:
@@ -245,10 +266,11 @@ class ScriptedPlayer:
                 look = self.look(to)
                 if kind[to] == MONSTER and look not in self.friends and (look in PASSIVE or self.harmless(to)):
                     continue
-                self.reach[to] = self.reach[cell] or key
+                self.reach[to] = first or key
                 todo.append(to)
+        return None
 
-    def go(self, key):
+    def go(self, key: str) -> str:
         cell = self.here + STEPS[key]
         if cell not in self.locked or self.text[cell] != "+":
             return self.step(key)
@@ -259,7 +281,7 @@ class ScriptedPlayer:
         self.queue = [key]
         return KICK
 
-    def explore(self):
+    def explore(self) -> Optional[str]:
         depth = int("0" + re.sub(r"\D", "", self.place))
         strong = self.xl >= min(2 * depth, 8) or self.turn - self.arrival > 400
         ready = strong and self.hp >= 0.6 * self.max_hp
@@ -276,7 +298,7 @@ class ScriptedPlayer:
             return key
         return self.wait() if not ready and self.reach.keys() & self.stairs else self.search()
 
-    def search(self):
+    def search(self) -> Optional[str]:
         """Nowhere left to go: searches for hidden doors and passages where there is room for something behind."""
         for _, key, look in self.enemies(1):  # passive ones, or `fight` would have seen to them
             if look not in DEADLY and self.hp > max(20, 0.8 * self.max_hp):

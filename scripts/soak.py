@@ -95,7 +95,7 @@ def run_small(argv: List[str]) -> int:
     """PHASE COUNT ARGUMENTS...: custom_nethack_pomdp.py with a small network, disturbed at one moment."""
     phase, count, *arguments = argv
     backbone = pomdp.ModelBackbone
-    pomdp.ModelBackbone = lambda actions, *_: backbone(actions, 32, 2)
+    setattr(pomdp, "ModelBackbone", lambda actions, *_: backbone(actions, 32, 2))
     torch.set_num_threads(1)
     if phase in PHASES:
         PHASES[phase][1](int(count))
@@ -262,7 +262,8 @@ class Inputs:
         import h5py
 
         parts = list(pomdp.read_ttyrec(self.game_path(self.recording)))
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("chars", "colors", "cursor", "actions", "scores")}
+        names = ("chars", "colors", "cursor", "actions", "scores")
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         with h5py.File(path, "w") as file:
             group = file.create_group("0")
             for name in ("chars", "colors", "cursor"):
@@ -314,7 +315,7 @@ class Inputs:
         store = pomdp.ChunkStore(folder)
         try:
             for number, block in enumerate(self.blocks):
-                if any(not np.array_equal(*pair) for pair in zip(store.block(0, number), block)):
+                if any(not np.array_equal(read, stored) for read, stored in zip(store.block(0, number), block)):
                     raise Failure("other frames than were stored")
         finally:
             store.file.close()
@@ -423,8 +424,8 @@ def try_games(trials: int, seed: int, folder: Path) -> None:
         pool.close()
         tempfile.tempdir = None
     warm = memories[len(memories) // 10]
-    print(f"games: {played} in {time.monotonic() - begin:.0f} s; workers' memory {memories[0]:.0f} MB at first, {warm:.0f} MB after a tenth, "
-          f"{memories[-1]:.0f} MB at the end; folders at most {max(folders)}", flush=True)  # fmt: skip
+    print(f"games: {played} in {time.monotonic() - begin:.0f} s; workers' memory {memories[0]:.0f} MB at first, "
+          f"{warm:.0f} MB after a tenth, {memories[-1]:.0f} MB at the end; folders at most {max(folders)}", flush=True)  # fmt: skip
     if not 0 < max(folders) <= slots or list(folder.iterdir()):
         raise Failure(f"{max(folders)} temporary folders for {slots} games, {len(list(folder.iterdir()))} left")
     if memories[-1] > warm * 1.1 + 10:

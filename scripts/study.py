@@ -41,8 +41,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -515,7 +516,7 @@ class Code:
         self.folder = folder / f"code-{hash_of({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})[:8]}"
         for name, content in contents.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            pomdp.write_atomically(self.folder / name, lambda file, content=content: file.write(content))
+            pomdp.write_atomically(self.folder / name, methodcaller("write", content))
         git = ["git", "-C", str(ROOT)]
         self.commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
         differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *map(str, places.values())], capture_output=True).returncode
@@ -572,7 +573,7 @@ class Processes:
 
 
 def duration(seconds: float) -> str:
-    minutes = int(round(seconds / 60))
+    minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
@@ -751,6 +752,7 @@ def run_study(study: Study, args: argparse.Namespace) -> int:
             for playing in item.run.playings:
                 print(f"  {'to make' if playing in item.missing else 'there  '}  {run_line(item.run, playing)}, {playing.games} games")
         return 0
+    assert described is not None  # this is no dry run
     todo = [item for item in todo if item.missing]
     pace = Pace()
     for row in rows:
@@ -759,7 +761,8 @@ def run_study(study: Study, args: argparse.Namespace) -> int:
             if row["variant"] == DEFAULT_VARIANT:
                 pace.trainings.append(row["wall_seconds"])
     code = Code(study_folder(study, args), sorted({item.run.config.submission for item in todo if item.run.config.submission}))
-    total, made, failures = sum(len(item.missing) for item in todo), 0, []
+    failures: List[str] = []
+    total, made = sum(len(item.missing) for item in todo), 0
     processes = Processes(code.script)
     try:
         for position, item in enumerate(todo):
@@ -790,7 +793,7 @@ def run_study(study: Study, args: argparse.Namespace) -> int:
 class Parser(argparse.ArgumentParser):
     """Mistakes become UserError, one line like all others."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 

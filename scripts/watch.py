@@ -34,7 +34,7 @@ import tty
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -43,10 +43,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 if os.path.dirname(HERE) not in sys.path:
     sys.path.insert(0, os.path.dirname(HERE))
 
-import torch  # noqa: E402
-from nle import nethack  # noqa: E402
+import torch
+from nle import nethack
 
-from custom_nethack_pomdp import (  # noqa: E402
+from custom_nethack_pomdp import (
     AUTOASCEND_MEAN_SCORE,
     COLS,
     NO_ACTION,
@@ -236,7 +236,7 @@ class View(NamedTuple):
     note: str = ""  # how the game ended, or which part of it this is
 
 
-def agent_game(actor: Actor, config: TrainConfig, character: str, seed: int, number: int, max_steps: int) -> Iterator[View]:
+def agent_game(actor: Actor, config: TrainConfig, character: str, seed: int, number: int, max_steps: int) -> Generator[View, None, None]:
     """Game `number` of an evaluation with this seed. The slot's games before it are played unseen."""
     earlier = list(range(number % config.eval_processes, number, config.eval_processes))
     game = NetHackGame(character, max_steps=config.eval_max_steps)
@@ -304,7 +304,7 @@ def title_of(path: str) -> str:
     return name
 
 
-def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Iterator[View]:
+def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Generator[View, None, None]:
     """A recorded game from the player's first frame; with an actor also what it would have done. Raises GameError."""
     title, read_status = title_of(path), StatusReader()
     step = turn = score = agreed = compared = 0
@@ -399,12 +399,12 @@ def panel_lines(view: View, width: int) -> List[List[Piece]]:
     for action in np.argsort(-shown, kind="stable")[:TOP].tolist():
         chosen = action == opinion.action if view.played is None else view.played != UNKNOWN_KEY and same_key(action, view.played)
         color = YELLOW if chosen else GRAY
-        name = [(f"{action_name(action)[:20]:<20} ", color, False)]
+        named = (f"{action_name(action)[:20]:<20} ", color, False)
         if opinion.probabilities is None:
-            lines.append(name + [(f"{shown[action]:>9.3f}", color, False)])
+            lines.append([named, (f"{shown[action]:>9.3f}", color, False)])
         else:
             bar = " " * round(10 * float(shown[action]))
-            lines.append(name + [(f"{shown[action]:>6.1%} ", color, False), (bar, color if chosen else BLUE, True)])
+            lines.append([named, (f"{shown[action]:>6.1%} ", color, False), (bar, color if chosen else BLUE, True)])
     return lines
 
 
@@ -424,8 +424,8 @@ def draw(view: View, below: bool = False, footer: Sequence[str] = ()) -> Canvas:
     for row, line in enumerate(panel_lines(view, width)):
         if top + row < last - len(footer):
             canvas.write(top + row, left, line, left + width)
-    for row, line in enumerate(footer):
-        canvas.write(last - len(footer) + row, left, [(line, DARK, False)], left + width)
+    for row, text in enumerate(footer):
+        canvas.write(last - len(footer) + row, left, [(text, DARK, False)], left + width)
     canvas.cursor = (min(view.cursor[0], ROWS - 1), min(view.cursor[1], COLS - 1))
     return canvas
 
@@ -438,7 +438,7 @@ def ansi(canvas: Canvas, before: Optional[Canvas] = None) -> str:
     """Escape sequences that turn a terminal that shows `before` (None: anything) into `canvas`."""
     fresh = before is None or before.chars.shape != canvas.chars.shape
     parts = ["\x1b[0m\x1b[2J"] if fresh else []
-    base = Canvas(*canvas.chars.shape) if fresh else before
+    base = Canvas(*canvas.chars.shape) if before is None or fresh else before
     blank = (canvas.chars == ord(" ")) & (base.chars == ord(" ")) & ~canvas.inverse & ~base.inverse  # whatever their colour
     changed = ((canvas.chars != base.chars) | (canvas.colors != base.colors) | (canvas.inverse != base.inverse)) & ~blank
     for row in np.flatnonzero(changed.any(axis=1)).tolist():
@@ -500,7 +500,7 @@ class Painter:
         from PIL import Image, ImageDraw
 
         font = monospaced_font()
-        left, top, right, bottom = font.getbbox("M")
+        bottom = font.getbbox("M")[3]
         self.width, self.height = math.ceil(font.getlength("M") - 0.2), max(font.getbbox("|gjy_")[3], bottom) + 1
         self.glyphs = np.zeros((128, self.height, self.width), dtype=np.uint8)
         for code in range(33, 127):
@@ -553,11 +553,13 @@ class Gif:
         from PIL import GifImagePlugin
 
         picture, box = self.waiting, (0, 0)
+        if picture is None:
+            return
         if self.shown is None:
             self.file.writelines(GifImagePlugin.getheader(self._image(picture), info={"loop": 0})[0])
             part = picture
         else:
-            rows, columns = (np.flatnonzero((picture != self.shown).any(axis=axis)) for axis in (1, 0))
+            rows, columns = (np.flatnonzero(np.not_equal(picture, self.shown).any(axis=axis)) for axis in (1, 0))
             part = picture[:1, :1]
             if len(rows):
                 box = (int(columns[0]), int(rows[0]))
@@ -568,8 +570,7 @@ class Gif:
         self.shown, self.waiting, self.seconds = picture, None, 0.0
 
     def close(self) -> None:
-        if self.waiting is not None:
-            self._flush()
+        self._flush()
         if self.shown is not None:
             self.file.write(b";")
         self.file.close()
@@ -599,7 +600,7 @@ class Terminal:
 
     def leave(self) -> None:
         self._write("\x1b[0m\x1b[?1049l")
-        if self.input is not None:
+        if self.input is not None and self.saved is not None:
             termios.tcsetattr(self.input, termios.TCSADRAIN, self.saved)
 
     @staticmethod
@@ -734,7 +735,8 @@ def entered(terminal: Optional[Terminal]) -> Iterator[None]:
 LAST_SECONDS = 3.0  # the last picture in files
 
 
-def play(views: Iterator[View], writers: Sequence[Any], terminal: Optional[Terminal], speed: float) -> Tuple[Optional[View], Optional[str]]:
+def play(views: Generator[View, None, None], writers: Sequence[Any], terminal: Optional[Terminal],
+         speed: float) -> Tuple[Optional[View], Optional[str]]:  # fmt: skip
     """Shows and writes the views. -> the last one seen, and what was wrong with the game if it could not be read to its end."""
     player = Player(terminal, speed) if terminal is not None else None
     bar = tqdm(unit="step", desc="writing", disable=None if terminal is None else True)
@@ -854,6 +856,7 @@ def run(args: argparse.Namespace) -> int:
         views = recorded_game(args.game, actor, args.max_steps or sys.maxsize)
     else:
         character = args.character or config.characters[0]
+        assert actor is not None  # `check` has asked for a checkpoint or a game
         title = f"{character}, game {args.number} of seed {seed}"
         views = agent_game(actor, config, character, seed, args.number, args.max_steps or config.eval_max_steps)
     last, problem = play(views, open_writers(args, title), terminal, args.speed)

@@ -4,7 +4,8 @@ One linear layer on the LSTM's output gives the logits of pi(a | s_1..s_t), trai
 
     L = -E[ log pi(a_t | s_1..s_t) ]                                      Pomerleau, "ALVINN", NeurIPS 1988
 
-Rewards are not used. As the benchmark has it: acts by argmax, and the recurrent state runs on from one game to the next (`starts` is not looked at).
+Rewards are not used. As the benchmark has it: acts by argmax, and the recurrent state runs on from one game to the next (`starts` is
+not looked at).
 
 A block by itself: it runs with `custom_nethack_pomdp.py --submission scripts/references/bc.py`.
 Axes: B batch, T time, A actions, H hidden, N games. Batches hold T + 1 steps, of which the first T carry loss.

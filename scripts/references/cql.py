@@ -6,8 +6,8 @@ One linear layer on the LSTM's output gives Q(s_t, .) for every action. Two term
       + E[ log sum_a' exp Q(s, a') - Q(s, a) ]               Kumar et al., arXiv 2006.04779, equation 4, the entropy variant CQL(H)
 
 As the benchmark has it: alpha = 2 multiplies the TD error (in the paper it multiplies the other term); the maximum is taken over the target
-network's own values (plain DQN targets, not double ones); the target follows with tau = 0.005; acts by argmax; each network's recurrent state
-runs on from one game to the next (`starts` is not looked at), and the target's state follows the stream of next observations.
+network's own values (plain DQN targets, not double ones); the target follows with tau = 0.005; acts by argmax; each network's recurrent
+state runs on from one game to the next (`starts` is not looked at), and the target's state follows the stream of next observations.
 
 `loss_per_action` is -log softmax(Q)(a), which is the second term itself: what a policy that samples from softmax(Q) would pay per action.
 

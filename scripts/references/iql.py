@@ -7,8 +7,8 @@ action together. Three losses are added up, and all of them train the backbone (
     L_Q  = E[ (Q_i(s, a) - y)^2 ] mean over i,   y = r + gamma * (1 - done) * V(s')
     L_pi = E[ -exp(beta * u) * log pi(a | s) ],  beta = 1
 
-As the benchmark has it: the target network follows with tau = 0.005; acts by argmax; V(s') is computed by the online network in a stream of its own over the
-next observations; the three recurrent states (online, target, next) run on from one game to the next (`starts` is not looked at).
+As the benchmark has it: the target network follows with tau = 0.005; acts by argmax; V(s') is computed by the online network in a stream of
+its own over the next observations; the three recurrent states (online, target, next) run on from one game to the next (`starts` is not looked at).
 
 One deviation: the weight exp(beta * u) is held at 100, as in the authors' code. The benchmark's own holds u at 100 before the
 exponential, which is infinite in float32 from u = 89 on.
@@ -105,7 +105,8 @@ class OfflineAlgorithm:
         core, online_state = self.model.backbone(now, rnn_states.get("online"))              # [B, T, H]
         logits, value = self.model.policy(core).float(), self.model.value(core).squeeze(-1).float()
         q1, q2 = self.model.action_values(core, actions)
-        with torch.no_grad():  # after the pass with gradient: autocast may use its half precision weights again, and those of a pass without have none
+        # After the pass with gradient: autocast may use its half precision weights again, and those of a pass without have none.
+        with torch.no_grad():
             next_core, next_state = self.model.backbone(following, rnn_states.get("next"))
             next_value = self.model.value(next_core).squeeze(-1).float()
             td_target = rewards + self.gamma * (1.0 - dones) * next_value                    # [B, T]
