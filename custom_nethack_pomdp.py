@@ -492,7 +492,7 @@ def warn(text: str) -> None:
 
 def progress(**options: Any) -> Any:
     """A progress bar on a terminal; of several processes the first alone shows one."""
-    return tqdm(disable=True if RANK else None, **options)
+    return tqdm(disable=True if RANK else None, dynamic_ncols=True, **options)
 
 
 def has_wandb_key() -> bool:
@@ -501,6 +501,11 @@ def has_wandb_key() -> bool:
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
     return False
+
+
+# What wandb shows along which x axis: our own ones, so that a resumed run lies where it belongs. Patterns must not overlap.
+ALONG_STEP = ("loss", "train/*", "times/*", "charts/*")
+ALONG_TRANSITIONS = ("eval/*", "heldout/*", "normalized_score*", "reward_*", "depth_*", "turns_*", "length_*", "games_*", "end_*")
 
 
 def start_wandb(config: TrainConfig, run_dir: Path, run_id: Optional[str]) -> Any:
@@ -516,6 +521,7 @@ def start_wandb(config: TrainConfig, run_dir: Path, run_id: Optional[str]) -> An
     settings: Dict[str, Any] = dict(project=config.project, group=f"{config.group}-v{config.version}", name=run_dir.name,
                                     dir=str(run_dir), config=asdict(config), id=run_id, resume="allow")  # fmt: skip
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds; nobody waits longer for a training to begin
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))  # where tables wait for `wandb sync`: with their run
     if not mode and not has_wandb_key():
         say("wandb has no key: the run is logged offline, `wandb sync` uploads it later")
         settings["mode"] = "offline"
@@ -524,8 +530,10 @@ def start_wandb(config: TrainConfig, run_dir: Path, run_id: Optional[str]) -> An
     except Exception as error:  # wandb's own errors have no common base over its versions; a run must not die of them
         warn(f"wandb could not start ({' '.join(str(error).split())}); the run is logged offline")
         run = wandb.init(**{**settings, "mode": "offline"})
-    if hasattr(run, "define_metric"):
-        run.define_metric("*", step_metric="step")  # our own x axis: a resumed run then lies where it belongs
+    characters = [f"{character}/*" for character in config.characters]
+    for name, axis in (("step", None), ("transitions", None), *((name, "step") for name in ALONG_STEP),
+                       *((name, "transitions") for name in (*ALONG_TRANSITIONS, *characters))):  # fmt: skip
+        run.define_metric(name, step_metric=axis)
     return run
 
 
@@ -533,19 +541,45 @@ class RunLogger:
     """Every row goes to metrics.jsonl, to wandb if there is a run, and in short to standard output."""
 
     def __init__(self, path: Path, wandb_run: Any = None) -> None:
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "a+", encoding="utf-8")
         self.wandb_run = wandb_run
+        self.file.seek(0)
+        self.count = sum(1 for _ in self.file)  # rows so far: wandb's own step, which must go on where a resumed run stopped
 
-    def log(self, row: Dict[str, float], step: int, transitions: int) -> None:
+    def log(self, row: Dict[str, float], step: int, transitions: int, media: Callable[[Any], Dict[str, Any]] = lambda wandb: {}) -> None:
+        """`media(wandb)`: what wandb alone is to show beside the row."""
         row = {"step": step, "transitions": transitions, **row}
         clean = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON knows no NaN
         try:
             self.file.write(json.dumps(clean) + "\n")
             self.file.flush()
+            if self.wandb_run is not None:
+                import wandb
+
+                self.wandb_run.log({**row, **media(wandb)}, step=max(self.count, self.wandb_run.step), commit=True)
         except OSError as error:
             raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room, and --resume true goes on") from None
+        self.count += 1
+
+    def evaluation_media(self, wandb: Any, games: List[Dict[str, Any]]) -> Dict[str, Any]:
+        """The table of the games just played, and one chart of all evaluations' scores with AutoAscend's line, of resumed parts too."""
+        self.file.seek(0)
+        rows = [row for row in map(json.loads, self.file) if "eval/autoascend" in row]
+        names = [name for name in rows[-1] if name.startswith("eval/")]
+        chart = wandb.plot.line_series([row["transitions"] for row in rows], [[row.get(name) for row in rows] for name in names],
+                                       keys=names, title="normalized score (AutoAscend: 1)", xname="transitions")  # fmt: skip
+        table = wandb.Table(columns=list(games[0]), data=[list(game.values()) for game in games])
+        return {"eval/games": table, "eval/scores": chart}
+
+    def keep_game(self, recording: str, name: str) -> None:
+        """Copies a recorded game to the files of wandb's run: a copy, so that an offline run holds all that it uploads later."""
         if self.wandb_run is not None:
-            self.wandb_run.log(row)
+            folder = Path(self.wandb_run.dir) / "games"
+            folder.mkdir(exist_ok=True)
+            (folder / "README.txt").write_text("To watch a game: python scripts/watch.py --game FILE\n", encoding="utf-8")
+            shutil.copyfile(recording, folder / name)
+            for file in ("README.txt", name):
+                self.wandb_run.save(str(folder / file), base_path=self.wandb_run.dir, policy="now")
 
     @staticmethod
     def line(tag: str, values: Dict[str, float]) -> None:
@@ -1772,6 +1806,7 @@ class OfflineAlgorithm:
             running = torch.lerp(self.advantage_square, square, hyper.scale_rate)
             self.advantage_square = torch.where(self.advantage_square > 0, running, square)
         weights = advantage_weights(advantages, mask, self.advantage_square.sqrt(), hyper.beta, hyper.max_weight)
+        self.last_weights = (weights, mask)  # for a loop that shows them
 
         log_probs = F.log_softmax(logits, dim=-1)
         losses = -log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # [B, T] nats
@@ -2191,6 +2226,8 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
         previous = np.asarray(actions, dtype=np.int64).copy()
         finished = pool.step(previous, check)
         results.extend(finished)
+        if finished:
+            bar.set_postfix({"last score": f"{finished[-1].score:.0f}"}, refresh=False)
         bar.update(len(finished))
         tick += 1
     bar.close()
@@ -2237,13 +2274,20 @@ def score_table(summaries: Dict[str, Dict[str, float]], games: int) -> str:
     return "\n".join(lines)
 
 
-def game_rows(results: Sequence[GameResult], character: str, eval_seed: int) -> List[Dict[str, Any]]:
+def recording_of(record: Optional[str], game: int) -> str:
+    """The file that play_games recorded the game in just now; "" if it did not, or on another machine."""
+    folders = siblings(Path(f"{record}-{game}"))[:1] if record else []
+    return next((str(file) for folder in folders for file in folder.glob("*.ttyrec*")), "")
+
+
+def game_rows(results: Sequence[GameResult], character: str, eval_seed: int, record: Optional[str] = None) -> List[Dict[str, Any]]:
     """The table of evaluated games: a row a game, in the order of their numbers."""
     rows = []
     for result in results:
         core, disp = game_seeds(eval_seed, result.game)
         normalized = result.score / AUTOASCEND_MEAN_SCORE[character]
-        rows.append({"character": character, **result._asdict(), "normalized_score": normalized, "core_seed": core, "disp_seed": disp})
+        rows.append({"character": character, **result._asdict(), "normalized_score": normalized, "core_seed": core, "disp_seed": disp,
+                     "recording": recording_of(record, result.game)})  # fmt: skip
     return rows
 
 
@@ -2272,7 +2316,7 @@ def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, devic
     stream = loader.stream(0)
     try:
         with torch.no_grad():
-            for _, batch in zip(range(steps), stream):
+            for _, batch in zip(progress(iterable=range(steps), desc="held-out games", unit="batch", leave=False), stream):
                 batch = to_device(batch, device)
                 previous = batch.pop("prev_actions")
                 count = float(batch["mask"][:, :-1].sum())
@@ -2653,6 +2697,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
         self.step, self.evaluated_step, self.rnn_states, self.best_heldout = 0, 0, {}, math.inf
         self.skipped = self.skipped_in_row = 0
+        self.shown: Dict[str, str] = {}  # last values beside the progress bar
         self.pool: Optional[GamePool] = None
         self.recordings = recordings_folder(config)
         self.stop_signal = 0  # number of the signal that asked for it
@@ -2843,12 +2888,18 @@ class Trainer:
                             "lower learning_rate or set clip_grad_norm, and start from an earlier checkpoint")  # fmt: skip
 
     def log_training(self, info: Dict[str, Any], rate: float) -> None:
-        parts = self.ranks.gather({name: float(value) for name, value in info.items()})
-        info = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        """Means over the processes, and the weights of all their counting frames where the algorithm keeps (weights, mask)."""
+        weights, mask = getattr(self.algorithm, "last_weights", (torch.zeros(0), torch.zeros(0)))
+        parts = self.ranks.gather(({name: float(value) for name, value in info.items()}, weights[mask > 0].float().cpu().numpy()))
+        info = {name: sum(part[name] for part, _ in parts) / len(parts) for name in parts[0][0]}
+        weights = np.concatenate([part for _, part in parts])
+        weights = weights[np.isfinite(weights)]
         metrics = {f"train/{name}": value for name, value in info.items() if name != "loss"}
         row = {"loss": info["loss"], **metrics, **self.timers.take(), "train/learning_rate": self.optimizer.param_groups[0]["lr"],
                "charts/SPS": rate}  # fmt: skip
-        self.logger.log(row, self.step, self.transitions)
+        self.logger.log(row, self.step, self.transitions, lambda wandb: {
+            "train/weights": wandb.Histogram(np_histogram=np.histogram(weights, bins=50))} if len(weights) else {})  # fmt: skip
+        self.shown.update({"loss": f"{info['loss']:.4g}", "transitions/s": f"{rate:,.0f}"})
         brief = {name: info[name] for name in ("loss", "loss_per_action", "accuracy", "effective_sample_size") if name in info}
         RunLogger.line("TRAIN_METRICS", {"step": self.step, "transitions": self.transitions, **brief, "transitions_per_s": rate})
 
@@ -2868,23 +2919,26 @@ class Trainer:
                 self.best_heldout = yardstick
                 self._save_weights("best.pt")
         summaries: Dict[str, Dict[str, float]] = {}
+        games: List[Dict[str, Any]] = []
         if self.config.eval_episodes:
             for character in self.config.characters:
                 record = self.recordings and str(self.recordings / f"{self.folder.name}-step{self.step}-{character}")
                 with timers.measure("times/evaluation_cpu"):
                     results = self._play(character, record)
-                rows = game_rows(results, character, self.config.eval_seed)
                 if self.ranks.rank == 0:
+                    rows = game_rows(results, character, self.config.eval_seed, record)
                     self._save_results(results, rows, character)
+                    games += rows
                 summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
                 row.update({prefix + name: value for name, value in summary.items()})
         scores = {column_name(character): summary["normalized_score"] for character, summary in summaries.items()}
         if scores:
             scores = {"normalized_score": geometric_mean(list(scores.values())), **scores}
-            row.update({f"eval/{name}": score for name, score in scores.items()})
+            row.update({**{f"eval/{name}": score for name, score in scores.items()}, "eval/autoascend": 1.0})
+            self.shown["score"] = f"{scores['normalized_score']:.4f}"
         row.update(timers.take())
-        self.logger.log(row, self.step, self.transitions)
+        self.logger.log(row, self.step, self.transitions, lambda wandb: self.logger.evaluation_media(wandb, games) if games else {})
         heldout = {name[len("heldout/"):]: value for name, value in row.items() if name.startswith("heldout/")}
         if heldout:
             RunLogger.line("HELDOUT_METRICS", {"step": self.step, **heldout})
@@ -2926,17 +2980,34 @@ class Trainer:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.folder / f"{self.step}_{character}_games.csv", lambda file: file.write(table.getvalue().encode()))
+        for name, row in (("best", max(rows, key=lambda row: row["score"])), ("last", rows[-1])) if self.recordings else ():
+            if not row["recording"]:
+                warn(f"the {name} game's recording lies on another machine: wandb does not get it")
+                continue
+            self.logger.keep_game(row["recording"], f"{self.step}_{character}_{name}.ttyrec3.bz2")
+            say(f"{name} game of {character} (score {row['score']:.0f}): python scripts/watch.py --game {row['recording']}")
 
     # --- the loop
-    def run(self) -> None:
-        model = self.algorithm.model
-        say(f"run: {self.folder}")
+    def _summary(self) -> List[str]:
+        """The lines that a run begins with."""
+        config, model, first, lines = self.config, self.algorithm.model, 0, []
+        for character, store in zip(config.characters, self.games.stores):
+            parts = [chosen[(chosen >= first) & (chosen < first + len(store))] for chosen in (self.training_games, self.heldout_games)]
+            train, heldout = (f"{len(part):,} games of {int(self.games.frames[part].sum()):,} frames" for part in parts)
+            lines.append(f"data: {character}, {train} for training, {heldout} held out")
+            first += len(store)
         total, backbone = (sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.backbone))
-        say(f"model: {total:,} parameters, {total - backbone:,} of them in the head; {self.device}, "
-            f"{str(self.precision or torch.float32)[6:]}; reward scale {self.reward_scale:.2f}"
-            + (f"; {self.ranks.world} processes" if self.ranks.world > 1 else ""))  # fmt: skip
-        say(f"games: {len(self.training_games)} for training, {len(self.heldout_games)} held out; "
-            f"{self.loader.plan.steps} updates a pass")  # fmt: skip
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
+        recorded = f"; recorded games: {self.recordings}" if self.recordings else ""
+        return [*lines, f"model: {backbone:,} parameters in the backbone, {total - backbone:,} in the head",
+                f"device: {self.device}{name}, matrix products in {str(self.precision or torch.float32)[6:]}, processes: {self.ranks.world}",
+                f"batch: {config.batch_size * self.ranks.world:,} rows x {config.seq_len} steps = {self.transitions_per_update:,} transitions; "
+                f"{config.update_steps:,} updates, {self.loader.plan.steps:,} a pass; reward scale {self.reward_scale:.2f} points",
+                f"run: {self.folder} (metrics.jsonl, checkpoints, scores){recorded}"]  # fmt: skip
+
+    def run(self) -> None:
+        for line in self._summary():
+            say(line)
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._loop()
@@ -2973,12 +3044,13 @@ class Trainer:
         """Updates, and at their steps: logged rows, evaluations, checkpoints. An evaluation cut short is played again whole."""
         config, last = self.config, self.config.update_steps
         stream = self.loader.stream(self.step)
-        bar = progress(total=last, initial=self.step, desc="training", unit="update", dynamic_ncols=True)
+        bar = progress(total=last, initial=self.step, bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
         since, begin = self.step, time.perf_counter()
         try:
             while True:
                 if self.step > self.evaluated_step and (self.step % config.eval_every == 0 or self.step == last):
                     self.evaluate()
+                    bar.set_postfix(self.shown)
                     self.evaluated_step = self.step
                     since, begin = self.step, time.perf_counter()  # the clock of transitions/s stops while games are played
                 if self.step > 0 and (self.step % config.checkpoint_every == 0 or self.step == last):
@@ -2991,6 +3063,7 @@ class Trainer:
                 bar.update()
                 if logged:
                     self.log_training(info, (self.step - since) * self.transitions_per_update / (time.perf_counter() - begin))
+                    bar.set_postfix(self.shown)
                     since, begin = self.step, time.perf_counter()
         finally:
             bar.close()

@@ -1,5 +1,6 @@
 """Logging: metrics.jsonl always, wandb where it is configured, and the lines that readers of standard output look for."""
 
+import csv
 import json
 import math
 import os
@@ -31,10 +32,15 @@ class Recorder:
     """Stands where a wandb run stands."""
 
     def __init__(self):
-        self.rows, self.finished = [], 0
+        self.rows, self.steps, self.step, self.finished = [], [], 0, 0
 
-    def log(self, row):
+    def log(self, row, step, commit):
+        assert commit, "wandb keeps a row back until the next one"
         self.rows.append(row)
+        self.steps.append(step)
+
+    def define_metric(self, name, step_metric):
+        pass
 
     def finish(self):
         self.finished += 1
@@ -60,11 +66,13 @@ def test_rows_are_lines_of_json_and_go_to_wandb_as_well(tmp_path):
 
 
 def test_rows_are_added_to_what_is_there(tmp_path):
-    for step in (1, 2):
-        logger = RunLogger(tmp_path / "metrics.jsonl")
+    runs = [Recorder(), Recorder()]
+    for step, run in enumerate(runs, start=1):
+        logger = RunLogger(tmp_path / "metrics.jsonl", run)
         logger.log({"loss": 0.5}, step, step)
         logger.close()
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [run.steps for run in runs] == [[0], [1]], "wandb drops rows whose own step goes back"
 
 
 def test_lines_for_readers_of_standard_output(capfd):
@@ -105,9 +113,26 @@ print("ID", run.id if run is not None else None)
 logger = pomdp.RunLogger(folder / "metrics.jsonl", run)
 for step in (1, 2, 3):
     logger.log({"loss": 3.0 / step, "train/accuracy": step / 10, "mon-hum-neu/reward_mean": 2.0 ** (40 + step)}, step, 64 * step)
-logger.log({"eval/normalized_score": 0.0125}, 3, 192)
+games = [{"character": "mon-hum-neu", "game": 0, "score": 7.0, "cause": "died"}, {"character": "mon-hum-neu", "game": 1, "score": 9.0, "cause": ""}]
+logger.log({"eval/normalized_score": 0.0125, "eval/autoascend": 1.0}, 3, 192, lambda wandb: logger.evaluation_media(wandb, games))
+if run is not None:
+    (folder / "recorded.bz2").write_bytes(b"a game")
+logger.keep_game(str(folder / "recorded.bz2"), "3_mon-hum-neu_best.ttyrec3.bz2")
 logger.close()
 """
+MEDIA = ("train/weights", "eval/games", "eval/scores_table")  # what wandb has beside the rows
+
+
+def plain(rows):
+    """wandb's rows without its own columns and what it alone shows."""
+    return [{key: value for key, value in row.items() if not key.startswith(("_", *MEDIA))} for row in rows]
+
+
+def table_of(folder, key):
+    """The last table of this name among a run's files -> rows as dicts."""
+    files = sorted(folder.glob(f"wandb/offline-run-*/files/media/table/{key}_*.table.json"), key=lambda path: path.stat().st_mtime_ns)
+    content = json.loads(files[-1].read_text(encoding="utf-8"))
+    return [dict(zip(content["columns"], row)) for row in content["data"]]
 
 
 def log_some_rows(folder, name, *arguments, **variables):
@@ -145,10 +170,30 @@ def test_an_offline_run_holds_what_metrics_jsonl_holds(offline, name):
     folder, _ = offline
     logged, records = read_back(folder / name)
     rows = rows_of(folder / name / "metrics.jsonl")
-    assert [{key: value for key, value in row.items() if not key.startswith("_")} for row in logged] == rows
+    assert plain(logged) == rows
     assert len(rows) == 4 and [row["step"] for row in rows] == [1, 2, 3, 3], "rows of the same step are all kept"
-    (metric,) = [record["metric"] for record in records if record["type"] == "metric"]
-    assert metric["glob_name"] == "*" and metric["step_metric"] == "step"
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    axes = {metric.get("glob_name", metric.get("name")): metric.get("step_metric") for metric in metrics}
+    for name in {name for row in rows for name in row} | {"reward_mean", "mon-hum-neu/end_died", "normalized_score_low"}:
+        fitting = [axis for pattern, axis in axes.items() if pattern == name or (pattern[-1] == "*" and name.startswith(pattern[:-1]))]
+        expected = None if name in ("step", "transitions") else "step" if name.startswith(("loss", "train/")) else "transitions"
+        assert fitting == [expected], name
+
+
+def test_an_offline_run_holds_games_and_chart_and_recordings(offline):
+    folder = offline[0] / "asked"
+    assert table_of(folder, "eval/games") == [{"character": "mon-hum-neu", "game": 0, "score": 7.0, "cause": "died"},
+                                              {"character": "mon-hum-neu", "game": 1, "score": 9.0, "cause": ""}]  # fmt: skip
+    lines = {(row["lineKey"], row["step"]): row["lineVal"] for row in table_of(folder, "eval/scores_table")}
+    assert lines == {("eval/normalized_score", 192): 0.0125, ("eval/autoascend", 192): 1.0}
+    (kept,) = folder.glob("wandb/offline-run-*/files/games/*.bz2")
+    assert kept.name == "3_mon-hum-neu_best.ttyrec3.bz2" and kept.read_bytes() == b"a game" and not kept.is_symlink()
+    assert "scripts/watch.py --game" in (kept.parent / "README.txt").read_text(encoding="utf-8")
+    _, records = read_back(folder)
+    uploaded = {file["path"] for record in records if record["type"] == "files" for file in record["files"]["files"]}
+    assert {"games/README.txt", f"games/{kept.name}"} <= uploaded
+    waiting = [item["local_path"] for record in records if record["type"] == "artifact" for item in record["artifact"]["manifest"]["contents"]]
+    assert waiting and all(Path(path).is_file() and folder in Path(path).parents for path in waiting), "the run's folder is not all of it"
 
 
 def test_an_offline_run_is_named_and_described(offline):
@@ -250,7 +295,7 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
     environment.update(HOME=str(tmp_path), PYTHONPATH=str(ROOT), WANDB_MODE="offline", OMP_NUM_THREADS="1")
     command = [sys.executable, str(program), "--data_path", str(GAMES), "--store_path", str(stores_path), "--checkpoints_path", str(tmp_path / "runs"),
                "--character", "mon-hum-neu", "--batch_size", "4", "--seq_len", "8", "--log_every", "1", "--eval_every", "2", "--eval_episodes", "1",
-               "--eval_processes", "1", "--eval_workers", "1", "--eval_max_steps", "5", "--eval_heldout_frames", "64"]  # fmt: skip
+               "--eval_processes", "1", "--eval_workers", "1", "--eval_max_steps", "5", "--eval_heldout_frames", "64", "--eval_record", str(tmp_path / "games")]  # fmt: skip
     for extra in (["--update_steps", "2"], ["--update_steps", "4", "--resume", "true"]):
         result = subprocess.run([*command, *extra], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, result.stderr
@@ -260,7 +305,27 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
     logged = [row for part in parts for row in read_back(part)[0]]
     rows = rows_of(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
-    assert [{key: value for key, value in row.items() if not key.startswith("_")} for row in logged] == rows
+    assert plain(logged) == rows and [row["_step"] for row in logged] == list(range(6))
+    check_media(folder, logged, rows)
+
+
+def check_media(folder, logged, rows):
+    for row in logged:
+        if "loss" in row:
+            bins = {key.split(".", 1)[1]: value for key, value in row.items() if key.startswith("train/weights.")}
+            assert bins["_type"] == "histogram", sorted(row)
+    played = table_of(folder, "eval/games")
+    with open(folder / "4_mon-hum-neu_games.csv", encoding="utf-8", newline="") as file:
+        assert [{name: str(value) for name, value in game.items()} for game in played] == list(csv.DictReader(file))
+    (game,) = played
+    assert game["end"] == "step limit" and game["length"] == 5 and game["score"] == rows[-1]["reward_mean"]
+    names = ("eval/normalized_score", "eval/normalized_score_mon_hum_neu", "eval/autoascend")
+    expected = {(name, row["transitions"]): row[name] for row in rows if "eval/autoascend" in row for name in names}
+    assert {(row["lineKey"], row["step"]): row["lineVal"] for row in table_of(folder, "eval/scores_table")} == expected and len(expected) == 6
+    for part in ("2_mon-hum-neu_best", "2_mon-hum-neu_last", "4_mon-hum-neu_best", "4_mon-hum-neu_last"):
+        (kept,) = folder.glob(f"wandb/offline-run-*/files/games/{part}.ttyrec3.bz2")
+        assert sum(len(piece.actions) for piece in pomdp.read_ttyrec(str(kept))) >= 5
+    assert Path(game["recording"]).read_bytes() == kept.read_bytes()
 
 
 SMALL_RUN = """
