@@ -96,11 +96,12 @@ def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: A
         if theirs is not None:
             speed = speed_of(theirs)
             speeds["theirs"] += [speed] if turn else []  # its first call warms up too
-    median = {side: statistics.median(values) if values else None for side, values in speeds.items()}
+    median = statistics.median(speeds["ours"])
+    base = statistics.median(speeds["theirs"]) if theirs is not None else None
     quartiles = np.percentile(speeds["ours"], [25, 75])
-    result = {"row": row, "what": what, "ours": median["ours"], "theirs": median["theirs"],
-              "ratio": median["ours"] / median["theirs"] if median["theirs"] else None, "unit": unit, "repeats": repeats,
-              "spread": float((quartiles[1] - quartiles[0]) / median["ours"]), **extra}  # fmt: skip
+    result = {"row": row, "what": what, "ours": median, "theirs": base,
+              "ratio": median / base if base else None, "unit": unit, "repeats": repeats,
+              "spread": float((quartiles[1] - quartiles[0]) / median), **extra}  # fmt: skip
     if not quiet:
         show(result)
     return result
@@ -108,8 +109,9 @@ def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: A
 
 def show(row: Dict[str, Any]) -> None:
     theirs = f"{row['theirs']:>11,.0f}" if row["theirs"] else f"{'-':>11}"
+    shown = ("row", "what", "ours", "theirs", "ratio", "unit", "repeats", "spread")
     notes = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                      for name, value in row.items() if name not in ("row", "what", "ours", "theirs", "ratio", "unit", "repeats", "spread"))  # fmt: skip
+                      for name, value in row.items() if name not in shown)  # fmt: skip
     ratio = f"{row['ratio']:>7.2f} x" if row["ratio"] else f"{'-':>9}"
     print(f"{row['row']:<8} {row['what']:<63} {row['ours']:>11,.0f} {theirs} {row['unit']:<13} +-{row['spread']:>4.0%} {ratio}", flush=True)
     if notes:
@@ -170,21 +172,22 @@ def read_batches(batches: Callable[[], Any], count: int, frames: int) -> Callabl
 
 def bench_read(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
     results, games = [], len(data.games.frames)
-    extra = {"bytes_a_frame": round(data.store.meta["bytes"] / data.store.meta["frames"], 1)}
+    extra: Dict[str, Any] = {"bytes_a_frame": round(data.store.meta["bytes"] / data.store.meta["frames"], 1)}
     for rows, steps in ((64, 16), (64, 32)):
         theirs = read_batches(partial(next, iter(data.ttyrec_dataset(min(rows, games), steps))), 10, min(rows, games) * steps)
-        memory = {"peak_memory_mb": in_process(measure_read, options, 1, 1, rows, steps)["memory"]}
+        memory: Dict[str, Any] = {"peak_memory_mb": in_process(measure_read, options, 1, 1, rows, steps)["memory"]}
         what = f"chunk store against TtyrecDataset, one core, {rows} x {steps}"
         results.append(compare("read", what, "frames/s", read_ours(data, rows, steps), theirs, options.repeats, **extra, **memory))
     if options.katakomba:
         with tempfile.TemporaryDirectory() as folder:
             few = [int(game) for game in np.argsort(data.games.frames)[: min(6, games)]]
-            frames = katakomba.write_hdf5(Path(folder, f"data-{data.character}-any.hdf5"), data.games, few)
+            path = Path(folder, f"data-{data.character}-any.hdf5")
+            frames = katakomba.write_hdf5(path, data.games, few)
             for mode in ("compressed", "memmap"):
                 buffer = katakomba.open_buffer(options.katakomba, Path(folder), data.character, mode, 64, 16)
                 what = f"chunk store against Katakomba's {'gzip' if mode == 'compressed' else mode} reader, one core, 64 x 16"
-                note = {"katakomba_bytes_a_frame": round(os.path.getsize(Path(folder, f"data-{data.character}-any.hdf5")) / frames
-                                                         if mode == "compressed" else 2 * pomdp.CELLS + 13)}  # fmt: skip
+                size = os.path.getsize(path) / frames if mode == "compressed" else 2 * pomdp.CELLS + 13
+                note: Dict[str, Any] = {"katakomba_bytes_a_frame": round(size)}
                 results.append(compare("read", what, "frames/s", read_ours(data, 64, 16), read_batches(buffer.sample, 2, 1024),
                                        options.repeats, **note))  # fmt: skip
                 buffer.close(clear_cache=False)
@@ -210,7 +213,7 @@ def decode_only(path: str) -> Any:
     """nle.dataset's converter, which TtyrecDataset runs in its threads, and nothing else."""
     decoder = pomdp.ttyrec_converter.Converter(pomdp.ROWS, pomdp.COLS, 3)
     decoder.load_ttyrec(path, gameid=1, part=0)
-    arrays = [np.empty((1024, 24, 80), np.uint8), np.empty((1024, 24, 80), np.int8), np.empty((1024, 2), np.int16),
+    arrays: List[Any] = [np.empty((1024, 24, 80), np.uint8), np.empty((1024, 24, 80), np.int8), np.empty((1024, 2), np.int16),
               np.empty(1024, np.int64), np.empty(1024, np.uint8), np.empty(1024, np.int32)]  # fmt: skip
     remaining = 0
     while remaining == 0:
@@ -277,7 +280,8 @@ def bench_act(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
     plain, results = PlainModel(model), []
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model.backbone.acting_dtype = dtype
-        agreement = {"equal_greedy_actions": greedy_agreement(model, plain, data), "policy": "trained" if options.checkpoint else "untrained"}
+        agreement: Dict[str, Any] = {"equal_greedy_actions": greedy_agreement(model, plain, data),
+                                     "policy": "trained" if options.checkpoint else "untrained"}  # fmt: skip
         for rows in (1, 8, 14, 32):
             obs = {**observations(data, rows), "prev_actions": np.zeros(rows, np.int64)}
 
@@ -314,7 +318,8 @@ def plain_env(character: str) -> Any:
     from nle.env.tasks import NetHackScore
 
     return NetHackScore(character=character, actions=nethack.ACTIONS, allow_all_modes=True, allow_all_yn_questions=True, penalty_step=0.0,
-                        penalty_time=0.0, max_episode_steps=10**9, observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"))  # fmt: skip
+                        penalty_time=0.0, max_episode_steps=10**9,
+                        observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"))  # fmt: skip
 
 
 COMPASS = list(range(16))  # moves and runs: safe keys that keep games going
@@ -501,8 +506,9 @@ def bench_grow(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
                 measured = in_process(measure, options, times, cores)
                 base.setdefault(cores, measured["speed"])
                 what = f"{kind}: {times} x the games ({times * len(data.store):,}), {cores} core{'s' * (cores > 1)}, against 1 x"
-                row = {"row": "grow", "what": what, "ours": measured["speed"], "theirs": base[cores], "ratio": measured["speed"] / base[cores],
-                       "unit": unit, "repeats": options.repeats, "spread": 0.0, "peak_memory_mb": measured["memory"]}  # fmt: skip
+                row = {"row": "grow", "what": what, "ours": measured["speed"], "theirs": base[cores],
+                       "ratio": measured["speed"] / base[cores], "unit": unit, "repeats": options.repeats,
+                       "spread": 0.0, "peak_memory_mb": measured["memory"]}  # fmt: skip
                 show(row)
                 results.append(row)
     estimate(data, results, options)

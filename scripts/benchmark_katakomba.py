@@ -59,7 +59,7 @@ def open_buffer(root: Path, folder: Path, character: str, mode: str, rows: int, 
     os.environ["KATAKOMBA_DATA_DIR"], os.environ["KATAKOMBA_CACHE_DIR"] = str(folder), str(folder / "cache")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    small_scale = importlib.import_module("katakomba.utils.datasets.small_scale")
+    small_scale: Any = importlib.import_module("katakomba.utils.datasets.small_scale")
     buffer = importlib.import_module("katakomba.utils.datasets.small_scale_buffer")
     roles = importlib.import_module("katakomba.utils.roles")
     small_scale.DATA_PATH, small_scale.CACHE_PATH = str(folder), str(folder / "cache")  # read from the environment at import
@@ -76,11 +76,13 @@ def iql_pieces(root: Path) -> Dict[str, Any]:
     names = {"Critic", "iql_loss", "soft_update", "asymmetric_l2_loss", "filter_wd_params"}
     tree = ast.parse((root / IQL).read_text(encoding="utf-8"))
     chosen = [node for node in tree.body if getattr(node, "name", None) in names]
-    if {node.name for node in chosen} != names:
+    if {getattr(node, "name", None) for node in chosen} != names:
         raise ValueError(f"{root / IQL} does not define {', '.join(sorted(names))}")
-    space: Dict[str, Any] = {"torch": torch, "nn": nn, "F": nn.functional, "SCREEN_SHAPE": SCREEN_SHAPE, "LSTM_HIDDEN": Any, "UPDATE_INFO": Any,
+    parts = ("TopLineEncoder", "BottomLinesEncoder", "ScreenEncoder")
+    space: Dict[str, Any] = {"torch": torch, "nn": nn, "F": nn.functional, "SCREEN_SHAPE": SCREEN_SHAPE, "LSTM_HIDDEN": Any,
+                             "UPDATE_INFO": Any,
                              **{name: vars(__import__("typing"))[name] for name in ("Any", "Dict", "List", "Optional", "Tuple")},
-                             **{name: getattr(encoders, name) for name in ("TopLineEncoder", "BottomLinesEncoder", "ScreenEncoder")}}  # fmt: skip
+                             **{name: getattr(encoders, name) for name in parts}}  # fmt: skip
     exec(compile(ast.Module(chosen, []), str(root / IQL), "exec"), space)
     return space
 
@@ -99,8 +101,10 @@ def iql_update(root: Path, rows: int, steps: int, device: str) -> Callable[[], f
     scaler = torch.amp.GradScaler("cuda", enabled=cuda)
     shape, random = (rows, steps + 1), np.random.default_rng(0)
     batch = {name: torch.as_tensor(array, dtype=torch.float, device=device) for name, array in {
-        "tty_chars": random.integers(32, 127, size=(*shape, 24, 80)), "screen_image": random.integers(0, 256, size=(*shape, *SCREEN_SHAPE)),
-        "actions": random.integers(0, 121, size=shape), "rewards": random.normal(size=shape), "dones": np.zeros(shape)}.items()}  # fmt: skip
+        "tty_chars": random.integers(32, 127, size=(*shape, 24, 80)),
+        "screen_image": random.integers(0, 256, size=(*shape, *SCREEN_SHAPE)),
+        "actions": random.integers(0, 121, size=shape), "rewards": random.normal(size=shape),
+        "dones": np.zeros(shape)}.items()}  # fmt: skip
     carried: Dict[str, Any] = {"states": [None] * 3, "previous": torch.zeros((rows, 1), dtype=torch.long, device=device)}
 
     def update() -> float:

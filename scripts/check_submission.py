@@ -507,7 +507,7 @@ def check_acts(trial: Trial) -> str:
     for _ in range(2):
         algo = trial.algorithm()
         torch.manual_seed(1)
-        np.random.seed(1)
+        np.random.seed(1)  # noqa: NPY002  the global generator: a block may draw from it
         runs.append(standin.run_acting(algo.model, ticks=4, slots=SLOTS, device=trial.device))
     for actions in runs[0]:
         require(isinstance(actions, np.ndarray), f"vec_act returns a {type(actions).__name__}, not an ndarray")

@@ -366,7 +366,8 @@ def learning_table(arms: Sequence[Arm], column: str) -> str:
         heldout = [over_seeds([row["heldout"] for row in rows], methodcaller("get", name))
                    for name in ("loss_per_action", "accuracy", "value_rmse", "explained_variance", "effective_sample_size")]  # fmt: skip
         transitions, seconds = over_seeds(rows, lambda row: row["transitions"]), over_seeds(rows, lambda row: row["wall_seconds"])
-        lines.append([arm.label, str(len(rows)), f"{transitions.value / 1e6:.3g}" if transitions else NOTHING, spread(heldout[0], 4), spread(heldout[1], 3),
+        lines.append([arm.label, str(len(rows)), f"{transitions.value / 1e6:.3g}" if transitions else NOTHING,
+                      spread(heldout[0], 4), spread(heldout[1], 3),
                       spread(over_seeds(rows, lambda row: row["train_loss"]), 4), *(spread(value, 3) for value in heldout[2:]),
                       f"{seconds.value:.0f}" if seconds else NOTHING])  # fmt: skip
     return table(header, lines)

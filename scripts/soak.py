@@ -95,7 +95,7 @@ def run_small(argv: List[str]) -> int:
     """PHASE COUNT ARGUMENTS...: custom_nethack_pomdp.py with a small network, disturbed at one moment."""
     phase, count, *arguments = argv
     backbone = pomdp.ModelBackbone
-    setattr(pomdp, "ModelBackbone", lambda actions, *_: backbone(actions, 32, 2))
+    pomdp.ModelBackbone = lambda actions, *_: backbone(actions, 32, 2)  # type: ignore[misc, assignment]  # that is the point
     torch.set_num_threads(1)
     if phase in PHASES:
         PHASES[phase][1](int(count))
@@ -315,7 +315,8 @@ class Inputs:
         store = pomdp.ChunkStore(folder)
         try:
             for number, block in enumerate(self.blocks):
-                if any(not np.array_equal(read, stored) for read, stored in zip(store.block(0, number), block)):
+                read = store.block(0, number)
+                if any(not np.array_equal(getattr(read, name), getattr(block, name)) for name in read._fields):
                     raise Failure("other frames than were stored")
         finally:
             store.file.close()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import AWRConfig, Model, ModelBackbone, OfflineAlgorithm, advantage_weights, lambda_returns
 
@@ -34,7 +33,7 @@ def random_observations(rows, steps, seed=0):
     return {
         "tty_chars": torch.as_tensor(rng.integers(0, 256, size=(rows, steps, 24, 80)), dtype=torch.uint8),
         "tty_colors": torch.as_tensor(rng.integers(0, 32, size=(rows, steps, 24, 80)), dtype=torch.int8),
-        "tty_cursor": torch.as_tensor(np.stack([rng.integers(0, 24, (rows, steps)), rng.integers(0, 80, (rows, steps))], -1), dtype=torch.uint8),
+        "tty_cursor": torch.as_tensor(rng.integers(0, (24, 80), size=(rows, steps, 2)), dtype=torch.uint8),
         "blstats": torch.as_tensor(blstats, dtype=torch.int32),
     }
 
@@ -212,6 +211,11 @@ def test_weights_grow_with_the_advantage_up_to_the_clip():
 
 
 # --- the algorithm
+def seen_by(head, seen):
+    """The head, which keeps what it is called with."""
+    return lambda core: seen.append(core) or head(core)
+
+
 def test_carried_states_make_chunks_equal_one_long_run():
     """With unchanged weights, three chunks with carried state and burn-in see what one unbroken run sees."""
     steps, total = 6, 18
@@ -219,7 +223,7 @@ def test_carried_states_make_chunks_equal_one_long_run():
     for burn_in in (0, 1, 4, steps):
         algorithm = small_algorithm(burn_in=burn_in)
         seen = []
-        algorithm.model.head, head = lambda core: seen.append(core) or head(core), algorithm.model.head
+        algorithm.model.head = seen_by(algorithm.model.head, seen)
         states, previous = {}, NO_PREVIOUS
         with torch.no_grad():
             for begin in range(0, total, steps):
@@ -432,8 +436,9 @@ def test_head_passes_the_stricter_budget():
 
 
 def test_algorithm_settings_are_checked():
-    for wrong, message in (({"bur_in": 1}, "unknown setting 'bur_in'"), ({"burn_in": 1.5}, "burn_in must be a int"), ({"lam": "x"}, "lam"),
-                           ({"beta": True}, "beta"), ({"beta": -1.0}, "beta must be a float above 0"), ({"lam": 1.5}, "at most 1")):  # fmt: skip
+    for wrong, message in (({"bur_in": 1}, "unknown setting 'bur_in'"), ({"burn_in": 1.5}, "burn_in must be a int"),
+                           ({"lam": "x"}, "lam"), ({"beta": True}, "beta"), ({"beta": -1.0}, "beta must be a float above 0"),
+                           ({"lam": 1.5}, "at most 1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             pomdp.awr_config(wrong)
     assert pomdp.awr_config({"burn_in": 8, "lam": 1}) == AWRConfig(burn_in=8, lam=1.0)
@@ -450,8 +455,9 @@ def test_expectile_and_polyak():
 
 
 def test_learning_rate_counts_transitions():
-    config = pomdp.TrainConfig(learning_rate=1.0, warmup_transitions=1000, lr_schedule="cosine", update_steps=100, batch_size=10, seq_len=10)
-    other = pomdp.TrainConfig(learning_rate=1.0, warmup_transitions=1000, lr_schedule="cosine", update_steps=50, batch_size=20, seq_len=10)
+    shared = dict(learning_rate=1.0, warmup_transitions=1000, lr_schedule="cosine", seq_len=10)
+    config = pomdp.TrainConfig(**shared, update_steps=100, batch_size=10)
+    other = pomdp.TrainConfig(**shared, update_steps=50, batch_size=20)
     for transitions in (0, 500, 1000, 5000, 10_000):
         assert pomdp.learning_rate_at(config, transitions) == pomdp.learning_rate_at(other, transitions)
     assert pomdp.learning_rate_at(config, 0) == 0.0 and pomdp.learning_rate_at(config, 10_000) == pytest.approx(0.1)

@@ -233,7 +233,7 @@ def test_every_mistake_is_one_line_and_writes_nothing(case, tmp_path, monkeypatc
 
 def test_a_file_that_is_not_text(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00batch_size")
-    with pytest.raises(UserError, match="a.yaml"):
+    with pytest.raises(UserError, match=r"a\.yaml"):
         parse_config(["--config", str(tmp_path / "a.yaml")])
 
 
@@ -298,7 +298,7 @@ def test_anything_else_than_a_config_is_a_user_error(argv, text, tmp_path):
     try:
         config = parse_config(argv)
     except UserError as error:
-        assert str(error).strip(), "a mistake without a message"
+        assert str(error).strip(), "a mistake without a message"  # noqa: PT017  any text may also be right
         return
     kinds = {item.name: type(getattr(TrainConfig(), item.name)) for item in dataclasses.fields(TrainConfig)}
     for name, value in dataclasses.asdict(config).items():
@@ -306,7 +306,8 @@ def test_anything_else_than_a_config_is_a_user_error(argv, text, tmp_path):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from(["batch_size", "seq_len", "update_steps", "eval_seed"]), st.tuples(st.integers(1, 10**9), st.booleans(), st.booleans())))
+@given(st.dictionaries(st.sampled_from(["batch_size", "seq_len", "update_steps", "eval_seed"]),
+                       st.tuples(st.integers(1, 10**9), st.booleans(), st.booleans())))  # fmt: skip
 def test_precedence_holds_for_any_mixture(tmp_path, choices):
     """Each setting comes from the command line if it is there, else from the file, else from the defaults."""
     in_file = {name: value for name, (value, file, _) in choices.items() if file}
@@ -356,7 +357,8 @@ def outside(tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         futures = {name: pool.submit(command_line, folder / str(number), *argv) for number, (name, argv) in enumerate(commands.items())}
         # What the libraries themselves say on import (gym 0.23 warns of its age), so that the tests can look past it.
-        imported = subprocess.run([sys.executable, "-c", "import custom_nethack_pomdp"], cwd=ROOT, capture_output=True, text=True, check=True)
+        imported = subprocess.run([sys.executable, "-c", "import custom_nethack_pomdp"], cwd=ROOT, capture_output=True, text=True,
+                                  check=True)  # fmt: skip
         return {**{name: future.result() for name, future in futures.items()}, "import": imported.stderr}
 
 
@@ -396,6 +398,19 @@ def test_help_lists_every_setting_with_its_meaning_and_default(outside):
     comments = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", body, re.MULTILINE))
     assert set(comments) == set(FIELDS), "a setting without a comment"
     for name in FIELDS:
-        default = re.escape(str(DEFAULTS[name])).replace(",", ", ?").replace("-", "- ?")  # argparse breaks lines at hyphens
-        meaning = re.escape(" ".join(comments[name].split())).replace(r"\-", r"\- ?")
+        meaning, _, absent = comments[name].rstrip("]").partition(" [")
+        default = DEFAULTS[name] if DEFAULTS[name] is not None else absent
+        assert default != "", f"{name}: what does None stand for?"
+        default = str(default).lower() if isinstance(default, bool) else str(default)
+        default = re.escape(default).replace(",", ", ?").replace("-", "- ?").replace(r"\-", r"\- ?")  # argparse breaks lines at hyphens
+        meaning = re.escape(" ".join(meaning.split())).replace(r"\-", r"\- ?")
         assert re.search(rf"--{name} \S.*?{meaning} \(default: {default}\)", text), name
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = pomdp.help_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= columns and "Optional" not in "".join(lines)
+    groups = [line for line in lines if re.fullmatch(r"\S.*:", line) and not line.startswith("usage")]
+    assert len(groups) >= 7, groups

@@ -64,7 +64,8 @@ def play_of(source):
 def frames_in_store(store, game):
     """Screens, blstats, actions [n, ...] of a game as the store gives them back."""
     blocks = [store.block(game, number) for number in range(-(-int(store.frames[game]) // BLOCK))]
-    return {name: np.concatenate([getattr(block, name) for block in blocks]) for name in ("chars", "colors", "blstats", "cursor", "actions")}
+    names = ("chars", "colors", "blstats", "cursor", "actions")
+    return {name: np.concatenate([getattr(block, name) for block in blocks]) for name in names}
 
 
 def dense_rewards(store, game):
@@ -276,7 +277,8 @@ def marked(recorded_games, tmp_path_factory):
     return Games([store]), expected
 
 
-SHAPES = [(1, 16), (2, 7), (3, 1), (5, 32), (8, 64), (16, 100), (7, 400), (64, 16), (500, 8)]  # the last two: more rows than games, or chunks
+# Rows and steps; the last two: more rows than games, or chunks.
+SHAPES = [(1, 16), (2, 7), (3, 1), (5, 32), (8, 64), (16, 100), (7, 400), (64, 16), (500, 8)]
 
 
 @pytest.mark.parametrize("batch_size, seq_len", SHAPES)
@@ -626,7 +628,7 @@ def test_games_are_told_by_the_character_they_began_with(recorded_games, tmp_pat
 @pytest.mark.parametrize("where", ["nowhere", "empty"])
 def test_no_games_at_all(tmp_path, where):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="hdf5.*record_games"):
+    with pytest.raises(UserError, match=r"hdf5.*record_games"):
         store_of(tmp_path / where, tmp_path, "mon-hum-neu")
     assert not (tmp_path / "stores").exists()
 
@@ -677,7 +679,7 @@ def test_hdf5_of_another_character(katakomba, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not hold games of wiz-elf-cha"):
         store_of(path, tmp_path, "wiz-elf-cha")
     monkeypatch.setenv("KATAKOMBA_DATA_DIR", str(folder))
-    with pytest.raises(UserError, match="data-wiz-elf-cha-any.hdf5 does not exist"):
+    with pytest.raises(UserError, match=r"data-wiz-elf-cha-any\.hdf5 does not exist"):
         open_or_build_store(None, str(tmp_path), "wiz-elf-cha")
 
 
@@ -728,7 +730,8 @@ def test_hdf5_may_not_point_out_of_its_file(katakomba, tmp_path, capsys):
         file["d-inner"]["tty_chars"] = h5py.ExternalLink(str(other), "/game/tty_chars")
         file["e-raw"].create_dataset("tty_chars", chars.shape, chars.dtype, external=[(str(raw), 0, raw.stat().st_size)])
         file["f-virtual"].create_virtual_dataset("tty_chars", layout)
-        assert all((file[name]["tty_chars"][:] == chars).all() for name in ("a-external", "d-inner", "e-raw", "f-virtual")), "HDF5 follows none"
+        followed = [file[name]["tty_chars"][:] for name in ("a-external", "d-inner", "e-raw", "f-virtual")]
+        assert all((one == chars).all() for one in followed), "HDF5 follows none"
     store = store_of(path, tmp_path, character)
     assert store.names.tolist() == [f"{path.name}/whole"]
     errors = capsys.readouterr().err
@@ -930,7 +933,8 @@ def test_store_as_data_path(stores, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip in a block", "flip of the length in a block", "flip of the previous action in a block",
-                                    "cut frames", "no frames", "flip in the index", "cut index", "no index", "meta", "meta of nothing", "other index"])  # fmt: skip
+                                    "cut frames", "no frames", "flip in the index", "cut index", "no index", "meta", "meta of nothing",
+                                    "other index"])  # fmt: skip
 def test_damaged_store(marked, tmp_path, damage):
     """Whatever is damaged, the message names the folder, and no wrong frame is given out."""
     games, _ = marked
@@ -964,7 +968,7 @@ def test_damaged_store(marked, tmp_path, damage):
         meta.write_text(json.dumps({"format": json.loads(meta.read_text())["format"], "character": "mon-hum-neu"}))
     else:  # a valid index, but not this store's
         np.savez(index, **{**np.load(index), "frames": np.array([1])})
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError) as raised:  # noqa: PT012  some damage shows when the store is opened, some when it is read
         store = ChunkStore(folder)
         assert "in a block" in damage  # all else shows when the store is opened, not hours into a run
         for game in range(len(store)):
@@ -1007,7 +1011,7 @@ def test_store_path_that_cannot_be_written(recorded_games, tmp_path):
     if not os.access(tmp_path / "locked", os.W_OK):  # root may write everywhere
         places.append(tmp_path / "locked")
     for place in places:
-        with pytest.raises(UserError, match="cannot write the chunk store.*--store_path") as raised:
+        with pytest.raises(UserError, match=r"cannot write the chunk store.*--store_path") as raised:
             open_or_build_store(str(tmp_path / "games"), str(place), character)
         assert str(place) in str(raised.value)
     assert (tmp_path / "file").read_bytes() == b"not a folder"

@@ -93,7 +93,8 @@ def benchmark(*arguments):
 @pytest.mark.pinned_stack
 def test_benchmark_measures_and_writes_json(tmp_path):
     out = tmp_path / "rows.json"
-    done = benchmark("--data_path", str(GAMES), "--store_path", str(tmp_path), "--rows", "read,build,play", "--repeats", "1", "--json", str(out))
+    done = benchmark("--data_path", str(GAMES), "--store_path", str(tmp_path), "--rows", "read,build,play", "--repeats", "1",
+                     "--json", str(out))  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text(encoding="utf-8"))
     assert [row["row"] for row in rows] == ["read", "read", "build", "play"]
@@ -106,7 +107,8 @@ def test_benchmark_measures_and_writes_json(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--rows", "reading"], "--rows takes"), (["--katakomba", "."], "is no checkout of"), (["--repeats", "0"], "--repeats at least 1")])  # fmt: skip
+    (["--rows", "reading"], "--rows takes"), (["--katakomba", "."], "is no checkout of"),
+    (["--repeats", "0"], "--repeats at least 1")])  # fmt: skip
 def test_benchmark_says_what_is_wrong(tmp_path, arguments, message):
     done = benchmark("--data_path", str(GAMES), "--store_path", str(tmp_path), *arguments)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -30,7 +30,8 @@ def keys(text):
 SPACE, ESC, YES, SEARCH = keys(" \x1by" + "s")
 PRAY, QUIT = ACTION_OF_KEY[int(nethack.Command.PRAY)], ACTION_OF_KEY[int(nethack.Command.QUIT)]
 MOVES = keys("hjklyubnHJKLYUBN")
-MENUS = keys("i\\+DdaewPWTRrqztf^:;/,@_") + [ACTION_OF_KEY[int(getattr(nethack.Command, name))] for name in ("ATTRIBUTES", "OVERVIEW", "EXTCMD")]
+COMMANDS = (nethack.Command.ATTRIBUTES, nethack.Command.OVERVIEW, nethack.Command.EXTCMD)
+MENUS = keys("i\\+DdaewPWTRrqztf^:;/,@_") + [ACTION_OF_KEY[int(command)] for command in COMMANDS]
 
 EIGHT_BIT = [index for index, action in enumerate(nethack.ACTIONS) if int(action) >= 128]
 

@@ -42,7 +42,8 @@ if __name__ == "__main__":
     {hook}
     sys.exit(pomdp.main(sys.argv[1:]))
 """
-PRINT_RESULTS = "summarize = pomdp.summarize_games; pomdp.summarize_games = lambda results, name: print(results) or summarize(results, name)"
+PRINT_RESULTS = ("summarize = pomdp.summarize_games; "
+                 "pomdp.summarize_games = lambda results, name: print(results) or summarize(results, name)")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def start(folder, stores_path, stores):
         program.write_text(PROGRAM.format(hook=hook), encoding="utf-8")
         port, started = free_port(), []
         for rank in range(processes):
-            values = {**SETTINGS, "store_path": stores_path, "checkpoints_path": folder / name, **settings, **(differing or {}).get(rank, {})}
+            values = {**SETTINGS, "store_path": stores_path, "checkpoints_path": folder / name, **settings,
+                      **(differing or {}).get(rank, {})}  # fmt: skip
             environment = {**ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
             command = [sys.executable, str(program), *(token for key, value in values.items() for token in (f"--{key}", str(value)))]
@@ -223,7 +225,7 @@ def test_a_killed_process_ends_the_others_with_a_message(start):
 def test_a_process_that_hangs_ends_the_others_in_time(start):
     hook = "pomdp.Ranks.ANSWER = timedelta(seconds=4); before_update(2, lambda: pomdp.RANK == 1 and os.kill(os.getpid(), signal.SIGSTOP))"
     processes = start("hangs", hook=hook)
-    out, err = processes[0].communicate(timeout=60)
+    _, err = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1 and "error: process 0 of 2 has lost the others" in err
     processes[1].kill()
     processes[1].communicate()
@@ -232,11 +234,13 @@ def test_a_process_that_hangs_ends_the_others_in_time(start):
 def test_torchrun_starts_again_what_was_killed(folder, stores_path, stores, straight):
     """One of two processes is killed; the restarted run ends as the undisturbed one, to the bit."""
     program = folder / "run_restart.py"
-    hook = "before_update(3, lambda: pomdp.RANK == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.kill(os.getpid(), signal.SIGKILL))"
+    hook = ("before_update(3, lambda: pomdp.RANK == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' "
+            "and os.kill(os.getpid(), signal.SIGKILL))")  # fmt: skip
     program.write_text(PROGRAM.format(hook=hook), encoding="utf-8")
     settings = {**SETTINGS, "store_path": stores_path, "checkpoints_path": folder / "restart", "update_steps": 5, "resume": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1", "--master-port", str(free_port()),
-               str(program), *(token for key, value in settings.items() for token in (f"--{key}", str(value)))]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1",
+               "--master-port", str(free_port()), str(program),
+               *(token for key, value in settings.items() for token in (f"--{key}", str(value)))]  # fmt: skip
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("at step 2") == 1, result.stdout

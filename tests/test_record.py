@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import record_games  # noqa: E402
-from scripted_player import ScriptedPlayer  # noqa: E402
+import record_games
+from scripted_player import ScriptedPlayer
 
-from custom_nethack_pomdp import NetHackGame  # noqa: E402
+from custom_nethack_pomdp import NetHackGame
 
 KEYS = [int(action) for action in nethack.ACTIONS]
 CHARACTER, SEED, STEPS = "ran-hum-neu", 5, 200
@@ -171,7 +171,7 @@ class Quitter:  # ends the game itself, by #quit and y
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def players(tmp_path, monkeypatch):
     (tmp_path / "players_of_this_test.py").write_text(PLAYERS)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -154,7 +154,8 @@ def test_three_characters_write_the_folder_of_the_design(full):
     folder = full["three_folder"]
     arrays = {f"2_{character}_{name}.npy" for character in CHARACTERS for name in ("returns", "depths", "normalized_scores")}
     tables = {f"2_{character}_games.csv" for character in CHARACTERS}
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "config.json", "metrics.jsonl", "last.pt", "best.pt"} | arrays | tables
+    others = {"config.yaml", "config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {path.name for path in folder.iterdir()} == others | arrays | tables
     for character in CHARACTERS:
         with open(folder / f"2_{character}_games.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -199,7 +200,7 @@ def test_the_same_command_again_repeats_the_run_beside_it(full):
     first, second = full["first_folder"], full["resumed_folder"]
     now = files_of(full["repeated"])
     assert {path: now[path] for path in full["after_first"]} == full["after_first"], "the second run touched the first's files"
-    assert {str(path.relative_to(full["repeated"])).split(os.sep)[1] for path in full["repeated"].rglob("*.pt")} == {first.name, second.name}
+    assert {path.relative_to(full["repeated"]).parts[1] for path in full["repeated"].rglob("*.pt")} == {first.name, second.name}
     assert untimed(rows_of(first)) == [row for row in untimed(rows_of(second)) if row["step"] <= 2]
     for tag in ("TRAIN_METRICS", "HELDOUT_METRICS", "TEST_METRICS"):
         one, other = (lines_of(full[name].stdout, tag) for name in ("first", "second"))
@@ -291,8 +292,9 @@ def test_a_run_uses_all_settings_of_its_config_file(small, folder, tmp_path):
     assert described["config"]["algorithm"] == {"burn_in": 2, "lam": 0.7} and described["config"]["clip_grad_norm"] == 0.5
 
 
-@pytest.mark.parametrize("setting", [dict(algorithm="{burn_in: 0}"), dict(algorithm="{beta: 3}"), dict(learning_rate=1e-2), dict(train_seed=1),
-                                     dict(gamma=0.5), dict(clip_grad_norm=1e-3), dict(weight_decay=10.0, learning_rate=1e-2)],
+@pytest.mark.parametrize("setting", [dict(algorithm="{burn_in: 0}"), dict(algorithm="{beta: 3}"), dict(learning_rate=1e-2),
+                                     dict(train_seed=1), dict(gamma=0.5), dict(clip_grad_norm=1e-3),
+                                     dict(weight_decay=10.0, learning_rate=1e-2)],
                          ids=lambda setting: ",".join(setting))  # fmt: skip
 def test_settings_of_training_reach_training(small, group, setting):
     """Each of these must change what is learned; a setting that is read but not used changes nothing."""
@@ -311,7 +313,8 @@ def test_schedules_count_transitions(small, folder):
     assert small(**settings)[0] == 0
     rates = [row["train/learning_rate"] for row in rows_of(folder) if "loss" in row]
     per_update, total = 4 * 8, 8 * 4 * 8
-    expected = [1e-3 * min(1.0, step * per_update / 96) * (0.1 + 0.45 * (1 + np.cos(np.pi * step * per_update / total))) for step in range(8)]
+    expected = [1e-3 * min(1.0, step * per_update / 96) * (0.1 + 0.45 * (1 + np.cos(np.pi * step * per_update / total)))
+                for step in range(8)]  # fmt: skip
     assert rates == pytest.approx(expected, rel=1e-9)
     assert rates[0] == 0.0 and max(rates) == max(rates[2:4])
 
@@ -351,8 +354,9 @@ def test_choices_of_evaluation_reach_it(small, monkeypatch):
         return play(pool, model, character, games, eval_seed, max_steps, *others)
 
     monkeypatch.setattr(pomdp, "play_games", watched)
-    status, out, _ = small(update_steps=1, eval_episodes=3, eval_processes=2, eval_workers=1, eval_seed=9, eval_max_steps=8, eval_precision="bf16",
-                           eval_clear_state="false", eval_heldout_frames=0, character=f"{RANGER},{MONK}")  # fmt: skip
+    status, out, _ = small(update_steps=1, eval_episodes=3, eval_processes=2, eval_workers=1, eval_seed=9, eval_max_steps=8,
+                           eval_precision="bf16", eval_clear_state="false", eval_heldout_frames=0,
+                           character=f"{RANGER},{MONK}")  # fmt: skip
     assert status == 0 and len(lines_of(out, "TEST_METRICS")) == 1
     assert seen == [(2, 1, torch.bfloat16, character, 3, 9, 8, False) for character in (RANGER, MONK)]
 
@@ -495,7 +499,8 @@ def test_the_newest_unfinished_run_is_resumed(small, folder):
 
 
 @pytest.mark.parametrize("setting", [dict(learning_rate=1e-4), dict(batch_size=3), dict(seq_len=4), dict(algorithm="{lam: 0.9}"),
-                                     dict(heldout_share=0.3), dict(gamma=0.99), dict(precision="bf16")], ids=lambda setting: next(iter(setting)))  # fmt: skip
+                                     dict(heldout_share=0.3), dict(gamma=0.99), dict(precision="bf16")],
+                         ids=lambda setting: next(iter(setting)))  # fmt: skip
 def test_resume_with_other_settings_never_touches_the_run(small, folder, setting):
     small(update_steps=2)
     before = files_of(folder)
@@ -598,7 +603,7 @@ def test_another_run_s_checkpoint_is_not_taken(small, group):
 
 # --- folders
 def test_without_resume_nothing_is_ever_overwritten(small, folder, group):
-    for repeat in range(2):
+    for _ in range(2):
         assert small(update_steps=1)[0] == 0
     (group / f"awr-{MONK}-seed42-3").mkdir()  # somebody else's, and empty
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
@@ -647,10 +652,11 @@ def test_a_run_in_progress_is_not_resumed_by_another(small, folder, tmp_path, st
     """Two processes in one folder would mix their rows and checkpoints."""
     program = tmp_path / "small.py"
     program.write_text(SMALL_PROGRAM, encoding="utf-8")
-    settings = dict(SMALL, data_path=GAMES, store_path=stores_path, checkpoints_path=tmp_path / "runs", update_steps=10**6, eval_every=10**6)
+    settings = dict(SMALL, data_path=GAMES, store_path=stores_path, checkpoints_path=tmp_path / "runs", update_steps=10**6,
+                    eval_every=10**6)  # fmt: skip
     with open(tmp_path / "out.txt", "w", encoding="utf-8") as out:
-        process = subprocess.Popen([sys.executable, str(program), *arguments(settings)], env={**os.environ, **PATIENT, "PYTHONPATH": str(ROOT)},
-                                   stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
+        process = subprocess.Popen([sys.executable, str(program), *arguments(settings)], stdout=out, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **PATIENT, "PYTHONPATH": str(ROOT)})  # fmt: skip
     try:
         end = time.monotonic() + 60
         while not (folder / "last.pt").exists() and time.monotonic() < end:
@@ -738,8 +744,8 @@ def plain_submission(path, scale="", info="{'loss': float(loss.detach())}"):
 @pytest.mark.parametrize("info", ["{'loss': float(loss.detach())}", "{}", "{'loss': loss.detach(), 'other': torch.ones(())}"])
 def test_a_submission_may_report_whatever_it_likes(small, folder, tmp_path, info):
     """The protocol asks for an `info` of floats, and names none of them."""
-    status, out, err = small(submission=plain_submission(tmp_path / "plain.py", info=info), eval_episodes=1, eval_processes=1, eval_workers=1,
-                             eval_max_steps=5)  # fmt: skip
+    status, out, err = small(submission=plain_submission(tmp_path / "plain.py", info=info), eval_episodes=1, eval_processes=1,
+                             eval_workers=1, eval_max_steps=5)  # fmt: skip
     assert status == 0, err
     assert len(lines_of(out, "TRAIN_METRICS")) == 4 and len(lines_of(out, "TEST_METRICS")) == 2
 

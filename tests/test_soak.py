@@ -20,7 +20,8 @@ def soak_main(*arguments):
 
 
 @pytest.mark.parametrize("trial, says", [
-    (("--kills", "1", "--seed", "7"), "writing a checkpoint, call"), (("--inputs", "270"), "inputs: checkpoint"), (("--games", "60"), "games: 60 in"),
+    (("--kills", "1", "--seed", "7"), "writing a checkpoint, call"), (("--inputs", "270"), "inputs: checkpoint"),
+    (("--games", "60"), "games: 60 in"),
 ], ids=["kills", "inputs", "games"])  # fmt: skip
 def test_a_short_trial(trial, says):
     result = soak_main(*trial)

@@ -99,8 +99,9 @@ class WizardGame:
     def __init__(self, seed):
         options = {"fix_moon_phase": True} if int(pomdp.nle.__version__.split(".")[0]) >= 1 else {}
         self.env = NetHackScore(
-            wizard=True, spawn_monsters=False, actions=tuple(range(128)), allow_all_modes=True, allow_all_yn_questions=True, max_episode_steps=10**9,
-            savedir=None, observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"), **options)  # fmt: skip
+            wizard=True, spawn_monsters=False, actions=tuple(range(128)), allow_all_modes=True, allow_all_yn_questions=True,
+            max_episode_steps=10**9, savedir=None, observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"),
+            **options)  # fmt: skip
         self.env.unwrapped.seed(core=seed, disp=seed, reseed=False)
         first = self.env.reset()
         self.obs = first[0] if isinstance(first, tuple) else first
@@ -382,7 +383,8 @@ def test_status_words_one_by_one():
             assert read(ABILITIES, f"{VITALS} {word}")[[HUNGER, LOAD, CONDITION]].tolist() == [1, 0, 1 << bit], word
 
 
-@given(hunger=st.sampled_from([("", 1), *HUNGERS.items()]), load=st.integers(0, 5), bits=st.integers(0, 2**13 - 1), length=st.integers(0, 2))
+@given(hunger=st.sampled_from([("", 1), *HUNGERS.items()]), load=st.integers(0, 5), bits=st.integers(0, 2**13 - 1),
+       length=st.integers(0, 2))  # fmt: skip
 def test_status_words_together(hunger, load, bits, length):
     """Any mixture of words, as far as the row holds them."""
     words = [hunger[0], LOADS[load - 1][length] if load else ""]
@@ -418,8 +420,8 @@ def test_any_bytes_are_read(upper, lower):
     read(upper.decode("latin-1"), lower.decode("latin-1"))
 
 
-PIECES = st.sampled_from(["St:", "18/", "**", " ", ":", "Dlvl:", "Home ", "$:", "HP:", "(", ")", "Xp:", "HD:", "T:", "-", "Neutral", "Astral Plane",
-                          "99999999999999999999", "1", "Conf", "\xff", "\x00"])  # fmt: skip
+PIECES = st.sampled_from(["St:", "18/", "**", " ", ":", "Dlvl:", "Home ", "$:", "HP:", "(", ")", "Xp:", "HD:", "T:", "-", "Neutral",
+                          "Astral Plane", "99999999999999999999", "1", "Conf", "\xff", "\x00"])  # fmt: skip
 
 
 @given(upper=st.lists(PIECES, max_size=30), lower=st.lists(PIECES, max_size=30))

@@ -88,7 +88,7 @@ def test_a_finished_training_is_not_repeated_for_what_is_missing(tiny):
 
 def test_rows_tell_what_they_come_from(tiny):
     for row in tiny["rows"]:
-        assert KEYS <= row.keys()
+        assert row.keys() >= KEYS
         assert row["rnn_hidden_dim"] == 32 and row["transitions"] == 4 * 4 * 8 and row["best_transitions"] in (64, 128)
         assert row["data"][MONK]["heldout"]["games"] >= 1 and len(row["data"][MONK]["fingerprint"]) == 64
         assert sum(row["data"][MONK][part]["games"] for part in ("training", "heldout")) == len(pomdp.find_games(str(GAMES), MONK).games)

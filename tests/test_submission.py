@@ -1,4 +1,5 @@
-"""scripts/check_submission.py: it accepts what the benchmark would run, every one of its checks can fail, and the references are what they claim."""
+"""scripts/check_submission.py: it accepts what the benchmark would run, every one of its checks can fail, and the references
+are what they claim."""
 import ast
 import importlib.util
 import os
@@ -60,7 +61,8 @@ def few_threads():
 def test_references_pass(name):
     results = list(check.run_checks(check.read_block(reference_path(name)), full_size=False))
     assert [r for r in results if not r.passed] == []
-    assert set(CHECKS) | {"syntax", "imports", "names from outside", "trains, bfloat16 autocast"} == {r.name for r in results if "CUDA" not in r.name}
+    expected = {*CHECKS, "syntax", "imports", "names from outside", "trains, bfloat16 autocast"}
+    assert {r.name for r in results if "CUDA" not in r.name} == expected
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
@@ -185,7 +187,8 @@ BROKEN = [
     ("loads", "NameError.*MISSING.*line 19", "bc", [("NOT_OBSERVATIONS = (", "NOT_OBSERVATIONS = MISSING + (")]),
     ("loads", "no class Model", "bc", [("class Model(nn.Module)", "class Modell(nn.Module)"), ("Model(backbone)", "Modell(backbone)")]),
     ("loads", "SystemExit", "bc", [("NOT_OBSERVATIONS = (", "raise SystemExit\nNOT_OBSERVATIONS = (")]),
-    ("builds", "AttributeError.*expectile.*line", "bc", [("        self.model = M", "        self.e = config.expectile\n        self.model = M")]),
+    ("builds", "AttributeError.*expectile.*line", "bc",
+     [("        self.model = M", "        self.e = config.expectile\n        self.model = M")]),
     ("builds", "not the backbone that was given", "bc", [("self.backbone = backbone", "self.backbone = deepcopy(backbone)")]),
     ("builds", "backbone was changed", "bc", [(POLICY, POLICY + "        nn.init.zeros_(backbone.rnn.weight_hh_l0)\n")]),
     ("builds", "not part of algo.model", "bc",
@@ -204,12 +207,15 @@ BROKEN = [
     ("trains, float32", "KeyError: 'mask'", "bc", [('if "mask" in batch else', "if True else")]),
     ("trains, float32", "KeyError: 'blstats'", "bc", [(STATES, STATES + '        batch["blstats"]\n')]),
     ("trains, float32", "Class values|index", "bc", [("prev_actions.long(), actions", "prev_actions.long() + 121, actions")]),
-    ("trains, float32", "no gradient reaches backbone.topline.0.weight", "bc", [("self.policy(core_output)", "self.policy(core_output.detach())")]),
+    ("trains, float32", "no gradient reaches backbone.topline.0.weight", "bc",
+     [("self.policy(core_output)", "self.policy(core_output.detach())")]),
     ("trains, float32", "no gradient reaches unused", "bc", [(POLICY, POLICY + "        self.unused = nn.Linear(2, 2)\n")]),
     ("trains, float16 autocast", "no gradient reaches backbone.topline.*CastCache", "bc",  # lost in autocast's memory
-     [("        logits, new_state = self.model(", "        with torch.no_grad():\n            self.model(inputs)\n        logits, new_state = self.model(")]),
-    ("trains, float16 autocast", "loss is", "bc", [(LOSS, LOSS + "        loss = loss + core_output_overflow(new_state[0])\n"),
-                                                  ("class Model(", "def core_output_overflow(h):\n    return h.detach().abs().sum() * 1e9\n\n\nclass Model(")]),
+     [("        logits, new_state = self.model(",
+       "        with torch.no_grad():\n            self.model(inputs)\n        logits, new_state = self.model(")]),
+    ("trains, float16 autocast", "loss is", "bc",
+     [(LOSS, LOSS + "        loss = loss + core_output_overflow(new_state[0])\n"),
+      ("class Model(", "def core_output_overflow(h):\n    return h.detach().abs().sum() * 1e9\n\n\nclass Model(")]),
     ("extreme rewards", "loss is inf", "bc", [(LOSS, LOSS + '        loss = loss + torch.exp(20 * batch["rewards"].sum(dim=1)).mean()\n')]),
     ("extreme head", "loss is", "iql", [("clamp(max=math.log(maximum))", "clamp(max=100.0)")]),  # what the benchmark's own reference has
     ("our own loader, held out", "do not count change the loss", "bc", [('if "mask" in batch else', "if False else")]),
@@ -277,7 +283,8 @@ def whole_file(tmp_path):
     with open(standin.__file__, encoding="utf-8") as file:
         around = file.read()
     path = tmp_path / "whole.py"
-    path.write_text(around + RULE + "# EDITABLE BEGIN\n" + RULE + reference_source("bc") + RULE + "# EDITABLE END\n" + RULE + "AFTER = 1\n", encoding="utf-8")
+    begin, end = (f"{RULE}# EDITABLE {word}\n{RULE}" for word in ("BEGIN", "END"))
+    path.write_text(around + begin + reference_source("bc") + end + "AFTER = 1\n", encoding="utf-8")
     return path
 
 
@@ -411,7 +418,8 @@ def test_standin_scales_rewards():
     none, end = np.zeros((1, 1), bool), np.ones((1, 1), bool)
     assert scaler(np.array([[2.0]]), none)[0, 0] == pytest.approx(1.0)              # 2 / sqrt(4)
     assert scaler(np.array([[3.0]]), end)[0, 0] == pytest.approx(3.0 / 10 ** 0.5)   # the sum is 0.5 * 2 + 3 = 4: mean square (4 + 16) / 2
-    assert scaler(np.array([[90.0]]), none)[0, 0] == 1.5                            # the sum began again: 90 / sqrt((4 + 16 + 8100) / 3) is 1.73
+    # The sum began again: 90 / sqrt((4 + 16 + 8100) / 3) is 1.73.
+    assert scaler(np.array([[90.0]]), none)[0, 0] == 1.5
 
 
 # -- the references' equations, against plain loops --------------------------------------------------------------------
@@ -482,7 +490,8 @@ def mean(values):
 def test_bc_is_maximum_likelihood():
     algo, (batch, first) = reference("bc"), tiny_batch()
     loss, states, info = algo.train_step(batch, first, {})
-    nll = [-torch.log_softmax(algo.model.policy(core(algo.model, batch, first, b, t)), 0)[batch["actions"][b, t]].item() for b, t, _ in frames(batch)]
+    nll = [-torch.log_softmax(algo.model.policy(core(algo.model, batch, first, b, t)), 0)[batch["actions"][b, t]].item()
+           for b, t, _ in frames(batch)]
     assert loss.item() == pytest.approx(mean(nll), rel=1e-5) == info["loss_per_action"].item()
     assert set(states) == {"online"}
 

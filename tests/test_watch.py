@@ -50,8 +50,8 @@ def one_thread():
 def train(folder, stores_path, **settings):
     """A run of two updates on a small network, whose actions are spread out; returns its last.pt."""
     config = pomdp.TrainConfig(character=MONK, data_path=str(GAMES), store_path=str(stores_path), checkpoints_path=str(folder),
-                               update_steps=2, batch_size=4, seq_len=8, eval_episodes=0, eval_processes=3, eval_heldout_frames=64, eval_max_steps=50,
-                               device="cpu", **settings)  # fmt: skip
+                               update_steps=2, batch_size=4, seq_len=8, eval_episodes=0, eval_processes=3, eval_heldout_frames=64,
+                               eval_max_steps=50, device="cpu", **settings)  # fmt: skip
     config.rnn_hidden_dim = 32
     path = pomdp.train(config) / "last.pt"
     content = pomdp.read_checkpoint(path)
@@ -102,7 +102,7 @@ class Kept(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def evaluated(checkpoint):
-    model, config, _ = watch.load_model(checkpoint, None, "cpu")
+    model, _, _ = watch.load_model(checkpoint, None, "cpu")
     kept, pool = Kept(model), pomdp.GamePool(3, 1)
     try:
         return kept, pomdp.play_games(pool, kept, MONK, 6, 50, 50, CPU)
