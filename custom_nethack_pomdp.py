@@ -1,15 +1,18 @@
-"""Recurrent advantage-weighted regression with burn-in for NetHack, learned offline from AutoAscend's games.
+"""Recurrent advantage-weighted regression with burn-in for NetHack, offline.
 
-One file, read from top to bottom: configuration, utilities, data, backbone, the EDITABLE block (model and
-algorithm), evaluation, checkpoints, training. It trains on games of the symbolic bot AutoAscend (NLD-AA) and plays
-NetHack (NLE) with the result. The score is the game's score over AutoAscend's mean score for that character.
+It trains on games of the symbolic bot AutoAscend (NLD-AA) and plays NetHack
+(NLE) with the result. The score is the game's score over AutoAscend's mean
+score for that character. One file, read from top to bottom: configuration,
+utilities, data, backbone, the EDITABLE block (model and algorithm), evaluation,
+checkpoints, training. On a CPU or the first GPU; with a file of settings; on
+eight GPUs (--nnodes for more machines); to go on where a run stopped; with
+another algorithm:
 
-    python custom_nethack_pomdp.py --data_path DIR                              # CPU or the first GPU
-    python custom_nethack_pomdp.py --config scripts/configs/gpu.yaml --data_path DIR --character mon-hum-neu
-    torchrun --nproc_per_node 8 custom_nethack_pomdp.py --data_path DIR         # eight GPUs; --nnodes for more machines
-    python custom_nethack_pomdp.py --data_path DIR --resume true                # go on where a run stopped
-    python custom_nethack_pomdp.py --submission scripts/references/bc.py --data_path DIR
-    python custom_nethack_pomdp.py --help
+    python custom_nethack_pomdp.py --data_path DIR
+    python custom_nethack_pomdp.py --data_path DIR --config FILE
+    torchrun --nproc_per_node 8 custom_nethack_pomdp.py --data_path DIR
+    python custom_nethack_pomdp.py --data_path DIR --resume true
+    python custom_nethack_pomdp.py --data_path DIR --submission FILE
 
 Axes: B rows of a batch, T steps of a chunk (seq_len), A actions (121), H hidden units (2048), L layers (2), N games.
 
@@ -138,34 +141,34 @@ class TrainConfig:
     character: str = "mon-hum-neu,val-hum-neu,ran-hum-neu"  # one or several, by commas: train on all, evaluate on each
     data_path: Optional[str] = None  # NLD-AA folder, Katakomba .hdf5 file or folder, or a chunk store [Katakomba's folder]
     data_mode: str = "compressed"  # accepted for Katakomba's command lines; data is always read compressed
-    store_path: str = "runs/stores"  # folder where chunk stores are built
-    heldout_share: float = 0.1  # share of each character's games that is never trained on (chosen by hash of the name)
+    store_path: str = "runs/stores"  # folder in which chunk stores are built
+    heldout_share: float = 0.1  # share, 0 to 1, of each character's games that is never trained on (chosen by hash of the name)
     data_workers: int = 2  # threads that decode frames ahead of the training step
-    submission: Optional[str] = None  # take Model and OfflineAlgorithm from this file instead of the block below
+    submission: Optional[str] = None  # take Model and OfflineAlgorithm from this Python file [the block in this script]
     algorithm: Dict[str, Any] = field(default_factory=dict)  # overrides of AWRConfig, e.g. '{burn_in: 8, lam: 0.9}'
     # --- logging
     project: str = "NetHack"  # wandb project
     group: str = "nethack_awr"  # wandb group and folder of runs; "-v<version>" is appended
     name: str = "awr"  # run name; "-<character>-seed<train_seed>" is appended
-    version: int = 0  # number appended to the group
+    version: int = 0  # number that is appended to the group, as -v<version>
     log_every: int = 50  # updates between logged rows
     # --- model (rnn_hidden_dim and rnn_layers are the benchmark's and cannot be changed)
     rnn_hidden_dim: int = 2048  # LSTM units a layer: 2048
     rnn_layers: int = 2  # LSTM layers: 2
     use_prev_action: bool = True  # feed the previous action to the LSTM
-    rnn_dropout: float = 0.0  # dropout between the LSTM's layers
-    clip_range: float = 10.0  # scaled rewards are clipped to +- this
-    tau: float = 0.005  # Polyak rate of target networks (used by reference algorithms)
-    gamma: float = 0.999  # discount a step
+    rnn_dropout: float = 0.0  # share, 0 to 1, of values dropped between the LSTM's layers
+    clip_range: float = 10.0  # rewards, in units of the run's reward scale, are clipped to +- this
+    tau: float = 0.005  # Polyak rate of target networks, share an update (used by reference algorithms)
+    gamma: float = 0.999  # discount, factor a step of the game
     # --- training
-    update_steps: int = 500_000  # gradient steps in all
+    update_steps: int = 500_000  # updates (gradient steps) in all
     batch_size: int = 64  # rows a batch, on each GPU
     seq_len: int = 16  # steps a chunk (T)
     learning_rate: float = 3e-4  # peak learning rate of AdamW
     lr_schedule: str = "constant"  # constant, or cosine: down to a tenth at the last transition
     warmup_transitions: int = 0  # transitions over which the learning rate rises from 0
-    weight_decay: float = 0.0  # AdamW's, on weight matrices only
-    clip_grad_norm: Optional[float] = None  # clip the gradient's norm to this
+    weight_decay: float = 0.0  # AdamW's, factor of the learning rate, on weight matrices only
+    clip_grad_norm: Optional[float] = None  # clip the gradient's norm (L2, over all parameters) to this [no clipping]
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     precision: str = "auto"  # auto (bf16 on GPUs that have it, fp16 on others, fp32 on a CPU), fp32, bf16 or fp16
     train_seed: int = 42  # seed of initial weights and of the order of games
@@ -175,7 +178,7 @@ class TrainConfig:
     keep_checkpoints: bool = False  # also keep the weights of every evaluation as <step>.pt
     resume: bool = False  # go on with the newest unfinished run of the same identity
     # --- evaluation
-    eval_every: int = 10_000  # updates between evaluations; the last update is always evaluated
+    eval_every: int = 10_000  # updates between evaluations; after the last one there always is one
     eval_episodes: int = 50  # games a character; 0 plays none
     eval_processes: int = 14  # game slots that play side by side
     render_processes: int = 14  # accepted for Katakomba's command lines; nothing is rendered
@@ -185,7 +188,7 @@ class TrainConfig:
     eval_precision: str = "fp32"  # matrix products when acting on a CPU: fp32, or bf16 (faster, other actions now and then)
     eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
     eval_seed: int = 50  # seed of the evaluation games and of sampled actions
-    eval_record: Optional[str] = None  # folder in which evaluation records its games in NLD-AA's layout
+    eval_record: Optional[str] = None  # folder in which evaluation records its games in NLD-AA's layout [not recorded]
 
     def __post_init__(self) -> None:
         self.character = ",".join(self.characters)  # one spelling, for names and identity
@@ -354,7 +357,8 @@ def split_arguments(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, str]]
 
 
 def help_parser() -> argparse.ArgumentParser:
-    """--help: every field with the comment behind it, under the headings between them (pyrallis would show no groups)."""
+    """--help: every field with the comment behind it, under the headings between them (pyrallis would show no groups). A comment
+    ends with what None stands for, in square brackets."""
     parser = argparse.ArgumentParser(description=__doc__.split("Axes:")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python custom_nethack_pomdp.py [--config FILE] [--name value ...]")  # fmt: skip
     group = parser.add_argument_group("settings, also as 'name: value' lines of a file")
@@ -366,7 +370,9 @@ def help_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(heading.group(1))
         elif setting:
             name, kind, meaning = setting.groups()
-            default = "{}" if name == "algorithm" else defaults[name]
+            meaning, _, absent = meaning.rstrip("]").partition(" [")
+            kind = {"bool": "true|false", "Dict[str, Any]": "YAML"}.get(kind, re.sub(r"Optional\[(.*)\]", r"\1", kind))
+            default = "{}" if name == "algorithm" else absent or (str(defaults[name]).lower() if kind == "true|false" else defaults[name])
             group.add_argument(f"--{name}", metavar=kind, help=f"{meaning} (default: {default})".replace("%", "%%"))
     return parser
 
@@ -541,10 +547,8 @@ class RunLogger:
     """Every row goes to metrics.jsonl, to wandb if there is a run, and in short to standard output."""
 
     def __init__(self, path: Path, wandb_run: Any = None) -> None:
-        self.file = open(path, "a+", encoding="utf-8")
-        self.wandb_run = wandb_run
-        self.file.seek(0)
-        self.count = sum(1 for _ in self.file)  # rows so far: wandb's own step, which must go on where a resumed run stopped
+        self.path, self.file, self.wandb_run = path, open(path, "a", encoding="utf-8"), wandb_run
+        self.count = path.read_bytes().count(b"\n")  # rows so far: wandb's own step, which must go on where a resumed run stopped
 
     def log(self, row: Dict[str, float], step: int, transitions: int, media: Callable[[Any], Dict[str, Any]] = lambda wandb: {}) -> None:
         """`media(wandb)`: what wandb alone is to show beside the row."""
@@ -558,13 +562,12 @@ class RunLogger:
 
                 self.wandb_run.log({**row, **media(wandb)}, step=max(self.count, self.wandb_run.step), commit=True)
         except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room, and --resume true goes on") from None
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room, and --resume true goes on") from None
         self.count += 1
 
     def evaluation_media(self, wandb: Any, games: List[Dict[str, Any]]) -> Dict[str, Any]:
         """The table of the games just played, and one chart of all evaluations' scores with AutoAscend's line, of resumed parts too."""
-        self.file.seek(0)
-        rows = [row for row in map(json.loads, self.file) if "eval/autoascend" in row]
+        rows = [row for row in map(json.loads, self.path.read_text(encoding="utf-8").splitlines()) if "eval/autoascend" in row]
         names = [name for name in rows[-1] if name.startswith("eval/")]
         chart = wandb.plot.line_series([row["transitions"] for row in rows], [[row.get(name) for row in rows] for name in names],
                                        keys=names, title="normalized score (AutoAscend: 1)", xname="transitions")  # fmt: skip
@@ -575,9 +578,9 @@ class RunLogger:
         """Copies a recorded game to the files of wandb's run: a copy, so that an offline run holds all that it uploads later."""
         if self.wandb_run is not None:
             folder = Path(self.wandb_run.dir) / "games"
-            folder.mkdir(exist_ok=True)
-            (folder / "README.txt").write_text("To watch a game: python scripts/watch.py --game FILE\n", encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(recording, folder / name)
+            (folder / "README.txt").write_text("To watch a game: python scripts/watch.py --game FILE\n", encoding="utf-8")
             for file in ("README.txt", name):
                 self.wandb_run.save(str(folder / file), base_path=self.wandb_run.dir, policy="now")
 
@@ -2226,9 +2229,9 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
         previous = np.asarray(actions, dtype=np.int64).copy()
         finished = pool.step(previous, check)
         results.extend(finished)
-        if finished:
-            bar.set_postfix({"last score": f"{finished[-1].score:.0f}"}, refresh=False)
         bar.update(len(finished))
+        if finished:
+            bar.set_postfix_str(f"last score {finished[-1].score:.0f}")
         tick += 1
     bar.close()
     model.train(was_training)
@@ -2274,20 +2277,16 @@ def score_table(summaries: Dict[str, Dict[str, float]], games: int) -> str:
     return "\n".join(lines)
 
 
-def recording_of(record: Optional[str], game: int) -> str:
-    """The file that play_games recorded the game in just now; "" if it did not, or on another machine."""
-    folders = siblings(Path(f"{record}-{game}"))[:1] if record else []
-    return next((str(file) for folder in folders for file in folder.glob("*.ttyrec*")), "")
-
-
 def game_rows(results: Sequence[GameResult], character: str, eval_seed: int, record: Optional[str] = None) -> List[Dict[str, Any]]:
-    """The table of evaluated games: a row a game, in the order of their numbers."""
+    """The table of evaluated games: a row a game, in the order of their numbers. `recording` is empty for a game that play_games did
+    not record as `record` says, or recorded on another machine."""
     rows = []
     for result in results:
+        folders = siblings(Path(f"{record}-{result.game}"))[:1] if record else []
         core, disp = game_seeds(eval_seed, result.game)
         normalized = result.score / AUTOASCEND_MEAN_SCORE[character]
         rows.append({"character": character, **result._asdict(), "normalized_score": normalized, "core_seed": core, "disp_seed": disp,
-                     "recording": recording_of(record, result.game)})  # fmt: skip
+                     "recording": next((str(file) for folder in folders for file in folder.glob("*.ttyrec*")), "")})  # fmt: skip
     return rows
 
 
@@ -2697,7 +2696,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
         self.step, self.evaluated_step, self.rnn_states, self.best_heldout = 0, 0, {}, math.inf
         self.skipped = self.skipped_in_row = 0
-        self.shown: Dict[str, str] = {}  # last values beside the progress bar
+        self.shown = dict.fromkeys(("loss", "score", "rate"), "")  # beside the progress bar
         self.pool: Optional[GamePool] = None
         self.recordings = recordings_folder(config)
         self.stop_signal = 0  # number of the signal that asked for it
@@ -2899,7 +2898,7 @@ class Trainer:
                "charts/SPS": rate}  # fmt: skip
         self.logger.log(row, self.step, self.transitions, lambda wandb: {
             "train/weights": wandb.Histogram(np_histogram=np.histogram(weights, bins=50))} if len(weights) else {})  # fmt: skip
-        self.shown.update({"loss": f"{info['loss']:.4g}", "transitions/s": f"{rate:,.0f}"})
+        self.shown.update({"loss": f"loss {info['loss']:.4g}", "rate": f"{rate:,.0f} transitions/s"})
         brief = {name: info[name] for name in ("loss", "loss_per_action", "accuracy", "effective_sample_size") if name in info}
         RunLogger.line("TRAIN_METRICS", {"step": self.step, "transitions": self.transitions, **brief, "transitions_per_s": rate})
 
@@ -2936,7 +2935,7 @@ class Trainer:
         if scores:
             scores = {"normalized_score": geometric_mean(list(scores.values())), **scores}
             row.update({**{f"eval/{name}": score for name, score in scores.items()}, "eval/autoascend": 1.0})
-            self.shown["score"] = f"{scores['normalized_score']:.4f}"
+            self.shown["score"] = f"score {scores['normalized_score']:.4f}"
         row.update(timers.take())
         self.logger.log(row, self.step, self.transitions, lambda wandb: self.logger.evaluation_media(wandb, games) if games else {})
         heldout = {name[len("heldout/"):]: value for name, value in row.items() if name.startswith("heldout/")}
@@ -2976,16 +2975,14 @@ class Trainer:
         for name, array in arrays.items():
             write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", lambda file, array=array: np.save(file, array))
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(table).writerows([rows[0].keys(), *(row.values() for row in rows)])
         write_atomically(self.folder / f"{self.step}_{character}_games.csv", lambda file: file.write(table.getvalue().encode()))
-        for name, row in (("best", max(rows, key=lambda row: row["score"])), ("last", rows[-1])) if self.recordings else ():
-            if not row["recording"]:
-                warn(f"the {name} game's recording lies on another machine: wandb does not get it")
-                continue
-            self.logger.keep_game(row["recording"], f"{self.step}_{character}_{name}.ttyrec3.bz2")
-            say(f"{name} game of {character} (score {row['score']:.0f}): python scripts/watch.py --game {row['recording']}")
+        for name, row in (("best", max(rows, key=lambda row: row["score"])), ("last", rows[-1])):
+            if row["recording"]:
+                say(f"{name} game of {character} (score {row['score']:.0f}): python scripts/watch.py --game {row['recording']}")
+                self.logger.keep_game(row["recording"], f"{self.step}_{character}_{name}.ttyrec3.bz2")
+            elif self.recordings:
+                warn(f"the {name} game of {character} was recorded on another machine: wandb does not get it")
 
     # --- the loop
     def _summary(self) -> List[str]:
@@ -2993,17 +2990,18 @@ class Trainer:
         config, model, first, lines = self.config, self.algorithm.model, 0, []
         for character, store in zip(config.characters, self.games.stores):
             parts = [chosen[(chosen >= first) & (chosen < first + len(store))] for chosen in (self.training_games, self.heldout_games)]
-            train, heldout = (f"{len(part):,} games of {int(self.games.frames[part].sum()):,} frames" for part in parts)
-            lines.append(f"data: {character}, {train} for training, {heldout} held out")
+            train, heldout = (f"{len(part):,} ({int(self.games.frames[part].sum()):,} frames)" for part in parts)
+            lines.append(f"games of {character}: {train} for training, {heldout} held out")
             first += len(store)
         total, backbone = (sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.backbone))
-        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
-        recorded = f"; recorded games: {self.recordings}" if self.recordings else ""
-        return [*lines, f"model: {backbone:,} parameters in the backbone, {total - backbone:,} in the head",
-                f"device: {self.device}{name}, matrix products in {str(self.precision or torch.float32)[6:]}, processes: {self.ranks.world}",
-                f"batch: {config.batch_size * self.ranks.world:,} rows x {config.seq_len} steps = {self.transitions_per_update:,} transitions; "
-                f"{config.update_steps:,} updates, {self.loader.plan.steps:,} a pass; reward scale {self.reward_scale:.2f} points",
-                f"run: {self.folder} (metrics.jsonl, checkpoints, scores){recorded}"]  # fmt: skip
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        rows = config.batch_size * self.ranks.world
+        return [*lines, f"rewards: over {self.reward_scale:.2f} points, then clipped to +-{config.clip_range:g}",
+                f"model: {backbone:,} parameters in the backbone, {total - backbone:,} in the head",
+                f"device: {self.device} ({device}), {str(self.precision or torch.float32)[6:]}, processes: {self.ranks.world}",
+                f"batch: {rows:,} rows x {config.seq_len} steps = {self.transitions_per_update:,} transitions; "
+                f"{self.loader.plan.steps:,} updates a pass, {config.update_steps:,} in all",
+                f"run: {self.folder}" + (f"; games are recorded in {self.recordings}" if self.recordings else "")]  # fmt: skip
 
     def run(self) -> None:
         for line in self._summary():
@@ -3050,7 +3048,7 @@ class Trainer:
             while True:
                 if self.step > self.evaluated_step and (self.step % config.eval_every == 0 or self.step == last):
                     self.evaluate()
-                    bar.set_postfix(self.shown)
+                    bar.set_postfix_str(", ".join(filter(None, self.shown.values())))
                     self.evaluated_step = self.step
                     since, begin = self.step, time.perf_counter()  # the clock of transitions/s stops while games are played
                 if self.step > 0 and (self.step % config.checkpoint_every == 0 or self.step == last):
@@ -3063,7 +3061,7 @@ class Trainer:
                 bar.update()
                 if logged:
                     self.log_training(info, (self.step - since) * self.transitions_per_update / (time.perf_counter() - begin))
-                    bar.set_postfix(self.shown)
+                    bar.set_postfix_str(", ".join(filter(None, self.shown.values())))
                     since, begin = self.step, time.perf_counter()
         finally:
             bar.close()

@@ -1,12 +1,18 @@
 """Logging: metrics.jsonl always, wandb where it is configured, and the lines that readers of standard output look for."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import math
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,7 +119,7 @@ print("ID", run.id if run is not None else None)
 logger = pomdp.RunLogger(folder / "metrics.jsonl", run)
 for step in (1, 2, 3):
     logger.log({"loss": 3.0 / step, "train/accuracy": step / 10, "mon-hum-neu/reward_mean": 2.0 ** (40 + step)}, step, 64 * step)
-games = [{"character": "mon-hum-neu", "game": 0, "score": 7.0, "cause": "died"}, {"character": "mon-hum-neu", "game": 1, "score": 9.0, "cause": ""}]
+games = [{"character": "mon-hum-neu", "game": k, "score": score, "cause": cause} for k, score, cause in ((0, 7.0, "died"), (1, 9.0, ""))]
 logger.log({"eval/normalized_score": 0.0125, "eval/autoascend": 1.0}, 3, 192, lambda wandb: logger.evaluation_media(wandb, games))
 if run is not None:
     (folder / "recorded.bz2").write_bytes(b"a game")
@@ -192,7 +198,8 @@ def test_an_offline_run_holds_games_and_chart_and_recordings(offline):
     _, records = read_back(folder)
     uploaded = {file["path"] for record in records if record["type"] == "files" for file in record["files"]["files"]}
     assert {"games/README.txt", f"games/{kept.name}"} <= uploaded
-    waiting = [item["local_path"] for record in records if record["type"] == "artifact" for item in record["artifact"]["manifest"]["contents"]]
+    manifests = [record["artifact"]["manifest"]["contents"] for record in records if record["type"] == "artifact"]
+    waiting = [item["local_path"] for contents in manifests for item in contents]
     assert waiting and all(Path(path).is_file() and folder in Path(path).parents for path in waiting), "the run's folder is not all of it"
 
 
@@ -288,17 +295,31 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capfd):
 
 # --- a whole run
 def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, stores_path):
-    """Trained by the loop itself (a small network): wandb's rows equal metrics.jsonl, before and after resuming."""
+    """Trained by the loop itself (a small network): wandb's rows equal metrics.jsonl, before and after resuming.
+
+    The first part runs on a terminal, the second does not.
+    """
     program = tmp_path / "small.py"
     program.write_text(SMALL_RUN, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment.update(HOME=str(tmp_path), PYTHONPATH=str(ROOT), WANDB_MODE="offline", OMP_NUM_THREADS="1")
-    command = [sys.executable, str(program), "--data_path", str(GAMES), "--store_path", str(stores_path), "--checkpoints_path", str(tmp_path / "runs"),
-               "--character", "mon-hum-neu", "--batch_size", "4", "--seq_len", "8", "--log_every", "1", "--eval_every", "2", "--eval_episodes", "1",
-               "--eval_processes", "1", "--eval_workers", "1", "--eval_max_steps", "5", "--eval_heldout_frames", "64", "--eval_record", str(tmp_path / "games")]  # fmt: skip
-    for extra in (["--update_steps", "2"], ["--update_steps", "4", "--resume", "true"]):
-        result = subprocess.run([*command, *extra], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr
+    settings = dict(data_path=GAMES, store_path=stores_path, checkpoints_path=tmp_path / "runs", character="mon-hum-neu", batch_size=4,
+                    seq_len=8, log_every=1, eval_every=2, eval_episodes=1, eval_processes=1, eval_workers=1, eval_max_steps=5,
+                    eval_heldout_frames=64, eval_record=tmp_path / "games")  # fmt: skip
+    command = [sys.executable, str(program), *(token for name, value in settings.items() for token in (f"--{name}", str(value)))]
+    out, shown = run_on_a_terminal([*command, "--update_steps", "2"], env=environment, cwd=tmp_path)
+    check_first_lines(out, tmp_path, stores_path)
+    assert re.search(r"100%\|[^|]+\| 2/2, \d+:\d+ left, loss [\d.]+, score 0\.\d{4}, [\d,]+ transitions/s", shown), shown
+    assert re.search(r"playing mon-hum-neu: .*1/1 .*last score \d+", shown) and "held-out games: " in shown
+    assert "TRAIN_METRICS" not in shown and re.search("^TRAIN_METRICS step=2 ", out, re.MULTILINE)
+    result = subprocess.run([*command, "--update_steps", "4", "--resume", "true"], env=environment, cwd=tmp_path, capture_output=True,
+                            text=True, timeout=300, check=False)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not re.search(r"\r|%\||held-out games|transitions/s", result.stderr), "a bar where there is no terminal"
+    for name in ("best", "last"):
+        line = rf"^{name} game of mon-hum-neu \(score \d+\): python scripts/watch.py --game (.*)$"
+        file = re.search(line, result.stdout, re.MULTILINE)
+        assert Path(file.group(1)).is_file()
     (folder,) = (tmp_path / "runs").glob("*/*")
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len({path.name for path in parts}) == 1, "the resumed part is another run to wandb"
@@ -307,6 +328,37 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
     assert plain(logged) == rows and [row["_step"] for row in logged] == list(range(6))
     check_media(folder, logged, rows)
+
+
+def run_on_a_terminal(command, **options):
+    """Standard error is a terminal of 120 columns -> what went to standard output, and what the terminal got."""
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    shown = b""
+    with tempfile.TemporaryFile() as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=theirs, **options)
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+            while part := os.read(mine, 65536):
+                shown += part
+        os.close(mine)
+        assert process.wait(timeout=60) == 0, shown.decode()
+        file.seek(0)
+        return file.read().decode(), shown.decode()
+
+
+def check_first_lines(out, folder, stores_path):
+    store = pomdp.Games([pomdp.open_or_build_store(str(GAMES), str(stores_path), "mon-hum-neu")])
+    kept = store.heldout(0.1)
+    parts = [f"{int(part.sum())} ({int(store.frames[part].sum()):,} frames)" for part in (~kept, kept)]
+    assert f"games of mon-hum-neu: {parts[0]} for training, {parts[1]} held out\n" in out
+    model = pomdp.make_algorithm(TrainConfig(), "cpu").model
+    head = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(("backbone.", "shared.0.weight")))
+    backbone = sum(parameter.numel() for parameter in pomdp.ModelBackbone(pomdp.NUM_ACTIONS, 32, 2).parameters())
+    assert f"model: {backbone:,} parameters in the backbone, {head + 32 * 120:,} in the head\n" in out
+    assert re.search(r"^device: cpu \(1 threads\), float32, processes: 1$", out, re.MULTILINE)
+    assert re.search(r"^batch: 4 rows x 8 steps = 32 transitions; [\d,]+ updates a pass, 2 in all$", out, re.MULTILINE)
+    assert f"run: {folder}/runs/nethack_awr-v0/awr-mon-hum-neu-seed42; games are recorded in {folder}/games\n" in out
 
 
 def check_media(folder, logged, rows):
