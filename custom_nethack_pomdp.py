@@ -70,9 +70,10 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from queue import Queue
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from urllib.parse import urlparse
 
 import nle
@@ -397,7 +398,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 # ======================================================================================================================
 def seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator: a submission may draw from it
     torch.manual_seed(seed)
 
 
@@ -667,7 +668,7 @@ class StatusReader:
 
     def _learn(self, kind: int, row: bytes) -> bytes:
         """Most new rows differ from a known one in the turn alone: the row of turn 1 is parsed, the turn then put in."""
-        head, mark, tail = row.partition(b" T:")
+        head, _, tail = row.partition(b" T:")
         turn, space, words = tail.partition(b" ")
         if not (kind and space and turn.isdigit() and len(turn) < 10):
             return self._parse(kind, row)
@@ -1226,7 +1227,8 @@ class ChunkStore:
         return Block(np.frombuffer(raw, np.uint8, n * CELLS).reshape(n, ROWS, COLS),
                      np.frombuffer(raw, np.int8, n * CELLS, colors).reshape(n, ROWS, COLS),
                      np.frombuffer(raw, np.int32, n * NUM_BLSTATS, blstats).reshape(NUM_BLSTATS, n).T,
-                     np.frombuffer(raw, np.uint8, n * 2, cursor).reshape(n, 2), np.frombuffer(raw, np.uint8, n, actions), previous)  # fmt: skip
+                     np.frombuffer(raw, np.uint8, n * 2, cursor).reshape(n, 2),
+                     np.frombuffer(raw, np.uint8, n, actions), previous)  # fmt: skip
 
 
 class Games:
@@ -1250,7 +1252,7 @@ class Games:
             start += len(store)
         return chosen
 
-    def reward_scale(self, games: Sequence[int], gamma: float) -> float:
+    def reward_scale(self, games: Union[Sequence[int], np.ndarray], gamma: float) -> float:
         """Root mean square of the discounted return so far, R_t = gamma R_{t-1} + r_t, over all frames of the games.
 
         Katakomba divides rewards by a running estimate of the same quantity; knowing all games, it can be exact.
@@ -1310,9 +1312,9 @@ class ChunkPlan:
 class ChunkLoader:
     """Batches of the plan, read from the stores. `batch_at(step)` is a pure function; `stream` reads ahead."""
 
-    def __init__(self, games: Games, chosen: Sequence[int], plan_rows: int, seq_len: int, seed: Optional[int], reward_scale: float,
-                 clip_range: float, *, rows: Optional[slice] = None, threads: int = 1, pin: bool = False,
-                 gamma_for_returns: Optional[float] = None) -> None:  # fmt: skip
+    def __init__(self, games: Games, chosen: Union[Sequence[int], np.ndarray], plan_rows: int, seq_len: int,
+                 seed: Optional[int], reward_scale: float, clip_range: float, *, rows: Optional[slice] = None, threads: int = 1,
+                 pin: bool = False, gamma_for_returns: Optional[float] = None) -> None:  # fmt: skip
         self.games, self.chosen = games, np.asarray(chosen, dtype=np.int64)
         self.plan = ChunkPlan(games.frames[self.chosen], plan_rows, seq_len, seed)
         self.rows = rows or slice(0, plan_rows)
@@ -1383,8 +1385,9 @@ class ChunkLoader:
     def batch_at(self, step: int) -> Batch:
         """The batch of step 0, 1, ... as CPU tensors, as in the module's docstring, and `prev_actions` [B, 1] int64."""
         B, steps = self.batch_size, self.seq_len + 1
-        shapes = {"tty_chars": (torch.uint8, ROWS, COLS), "tty_colors": (torch.int8, ROWS, COLS), "tty_cursor": (torch.uint8, 2),
-                  "blstats": (torch.int32, NUM_BLSTATS)}  # fmt: skip
+        shapes: Dict[str, Tuple[Any, ...]] = {  # dtype and shape
+            "tty_chars": (torch.uint8, ROWS, COLS), "tty_colors": (torch.int8, ROWS, COLS), "tty_cursor": (torch.uint8, 2),
+            "blstats": (torch.int32, NUM_BLSTATS)}  # fmt: skip
         tensors = {name: torch.empty((B, steps, *shape), dtype=kind, pin_memory=self.pin) for name, (kind, *shape) in shapes.items()}
         small = {"actions": torch.int64, "rewards": torch.float32, "dones": torch.bool, "mask": torch.bool}
         if self.gamma_for_returns is not None:
@@ -1414,7 +1417,7 @@ class ChunkLoader:
         tensors["prev_actions"] = torch.from_numpy(previous.astype(np.int64)[:, None])
         return tensors
 
-    def stream(self, first_step: int, ahead: int = 2) -> Iterator[Batch]:
+    def stream(self, first_step: int, ahead: int = 2) -> Generator[Batch, None, None]:
         """Batches first_step, first_step + 1, ... without end, read ahead by a thread of their own."""
         ready: Queue[Any] = Queue(maxsize=ahead)
         stopped = threading.Event()
@@ -1584,7 +1587,10 @@ class ModelBackbone(nn.Module):
         for layer, (weight, bias) in enumerate(self._packed_weights()):
             inputs = torch.cat([x, h[layer]], dim=1).to(weight.dtype)
             # In float32 torch would take MKL, which for few rows is up to twice as slow as oneDNN; in bfloat16 it takes oneDNN.
-            gates = F.linear(inputs.to_mkldnn(), weight, bias).to_dense() if weight.is_mkldnn else F.linear(inputs, weight, bias).to(x.dtype)
+            if weight.is_mkldnn:
+                gates = F.linear(inputs.to_mkldnn(), weight, bias).to_dense()
+            else:
+                gates = F.linear(inputs, weight, bias).to(x.dtype)
             i, f, g, o = gates.chunk(4, dim=1)  # PyTorch's order of gates
             cs.append(torch.sigmoid(f) * c[layer] + torch.sigmoid(i) * torch.tanh(g))
             x = torch.sigmoid(o) * torch.tanh(cs[-1])
@@ -1661,7 +1667,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class Model(nn.Module):
     """Policy and value on the recurrent backbone: a dueling head (arXiv 1511.06581) of two streams on one projection."""
 
-    def __init__(self, backbone: nn.Module, head_dim: int = AWRConfig.head_dim, temperature: float = AWRConfig.temperature) -> None:
+    def __init__(self, backbone: Any, head_dim: int = AWRConfig.head_dim, temperature: float = AWRConfig.temperature) -> None:
         super().__init__()
         self.backbone = backbone
         self.shared = nn.Sequential(nn.Linear(backbone.rnn_hidden_dim, head_dim), nn.ReLU())
@@ -1857,7 +1863,7 @@ def value_errors(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
 
 def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
     """AWRConfig with these values. Raises ValueError for an unknown name or a value of another type."""
-    kinds = {item.name: type(item.default) for item in fields(AWRConfig)}
+    kinds: Dict[str, Any] = {item.name: type(item.default) for item in fields(AWRConfig)}
     values = {}
     for name, value in overrides.items():
         if name not in kinds:
@@ -1879,8 +1885,9 @@ def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
 # ======================================================================================================================
 # FIXED: the game and its evaluation
 # ======================================================================================================================
-OBSERVATION_SHAPES = {"tty_chars": (np.uint8, ROWS, COLS), "tty_colors": (np.int8, ROWS, COLS), "tty_cursor": (np.uint8, 2),
-                      "blstats": (np.int32, NUM_BLSTATS)}  # fmt: skip
+OBSERVATION_SHAPES: Dict[str, Tuple[Any, ...]] = {  # dtype and shape
+    "tty_chars": (np.uint8, ROWS, COLS), "tty_colors": (np.int8, ROWS, COLS), "tty_cursor": (np.uint8, 2),
+    "blstats": (np.int32, NUM_BLSTATS)}  # fmt: skip
 OBSERVATIONS = tuple(OBSERVATION_SHAPES)
 # nle.dataset shows line-drawing bytes as plain characters, the live terminal does not. They appear only where the player
 # typed such a byte himself; with this table live screens equal recorded ones there too.
@@ -2003,7 +2010,8 @@ class Slot:
 
     def __init__(self, views: Dict[str, np.ndarray], row: int) -> None:
         self.screen = {name: views[name][row] for name in OBSERVATIONS}
-        self.actions, self.fresh, self.active, self.row, self.game = views["actions"], views["fresh"], views["active"], row, None
+        self.actions, self.fresh, self.active, self.row = views["actions"], views["fresh"], views["active"], row
+        self.game: Optional[NetHackGame] = None
         self.queue: List[Tuple[int, int, int]] = []  # (game, core seed, disp seed)
 
     def begin(self, character: str, queue: List[Tuple[int, int, int]], max_steps: int, record: Optional[str] = None) -> None:
@@ -2202,7 +2210,7 @@ class GamePool:
             worker.end(patience=5)
 
 
-def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
+def play_games(pool: GamePool, model: Any, character: str, games: int, eval_seed: int, max_steps: int, device: torch.device,
                clear_state: bool = True, check: Callable[[], None] = lambda: None,
                record: Optional[str] = None) -> List[GameResult]:  # fmt: skip
     """Plays games 0 .. games - 1 of the character. Repeats to the bit, whatever the number of worker processes, as long as none
@@ -2215,7 +2223,7 @@ def play_games(pool: GamePool, model: nn.Module, character: str, games: int, eva
     model.eval()
     pool.begin(character, games, eval_seed, max_steps, record, check)
     views, state, results = pool.views, None, []
-    previous = np.full(pool.rows, NO_ACTION, dtype=np.int64)
+    previous: np.ndarray = np.full(pool.rows, NO_ACTION, dtype=np.int64)
     bar = progress(total=games, desc=f"playing {character}", unit="game", leave=False)
     cuda = [device] if device.type == "cuda" else []
     tick = 0
@@ -2262,7 +2270,7 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Dict[str, 
                "length_mean": float(np.mean([result.length for result in results])),
                "games_replayed": float(sum(result.replayed > 0 for result in results))}  # fmt: skip
     for name, values in (("reward", scores), ("depth", depths)):
-        statistics = {"median": np.median, "mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
+        statistics: Dict[str, Any] = {"median": np.median, "mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
         summary.update({f"{name}_{statistic}": float(function(values)) for statistic, function in statistics.items()})
     for end in ("died", "no progress", "step limit"):
         summary["end_" + end.replace(" ", "_")] = sum(result.end == end for result in results) / len(results)
@@ -2312,7 +2320,9 @@ def evaluate_heldout(algorithm: Any, loader: ChunkLoader, max_frames: int, devic
 
     The mean is over the counting frames of all processes, whose sums `gather` brings together.
     """
-    model, states, totals, counts = algorithm.model, {}, {}, 0.0
+    model, counts = algorithm.model, 0.0
+    states: Dict[str, Any] = {}
+    totals: Dict[str, float] = {}
     was_training = model.training
     model.eval()
     steps = min(loader.plan.steps, -(-max_frames // (loader.plan.rows * loader.seq_len)))
@@ -2383,8 +2393,9 @@ def run_folder(config: TrainConfig) -> Path:
 def siblings(folder: Path) -> List[Path]:
     """The folder and its repeats, `<name>-2`, `<name>-3`, ..., as far as they exist, the newest first."""
     pattern = re.compile(re.escape(folder.name) + r"(-\d+)?")
-    found = [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)] if folder.parent.is_dir() else []
-    return sorted(found, key=lambda path: int((pattern.fullmatch(path.name).group(1) or "-1")[1:]), reverse=True)
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    found = [(int((match.group(1) or "-1")[1:]), path) for match, path in matches if match]
+    return [path for _, path in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
 def claim(folder: Path) -> Optional[int]:
@@ -2698,7 +2709,8 @@ class Trainer:
         groups = split_weight_decay(list(self.algorithm.model.named_parameters()), config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
-        self.step, self.evaluated_step, self.rnn_states, self.best_heldout = 0, 0, {}, math.inf
+        self.step, self.evaluated_step, self.best_heldout = 0, 0, math.inf
+        self.rnn_states: Dict[str, Any] = {}
         self.skipped = self.skipped_in_row = 0
         self.shown = dict.fromkeys(("loss", "score", "rate"), "")  # beside the progress bar
         self.pool: Optional[GamePool] = None
@@ -2903,7 +2915,8 @@ class Trainer:
         self.logger.log(row, self.step, self.transitions, lambda wandb: {
             "train/weights": wandb.Histogram(np_histogram=np.histogram(weights, bins=50))} if len(weights) else {})  # fmt: skip
         self.shown.update({"loss": f"loss {info['loss']:.4g}", "rate": f"{rate:,.0f} transitions/s"})
-        brief = {name: info[name] for name in ("loss", "loss_per_action", "accuracy", "effective_sample_size") if name in info}
+        names = ("loss", "loss_per_action", "accuracy", "effective_sample_size")
+        brief: Dict[str, Any] = {name: info[name] for name in names if name in info}
         RunLogger.line("TRAIN_METRICS", {"step": self.step, "transitions": self.transitions, **brief, "transitions_per_s": rate})
 
     # --- evaluation
@@ -2925,13 +2938,14 @@ class Trainer:
         games: List[Dict[str, Any]] = []
         if self.config.eval_episodes:
             for character in self.config.characters:
-                record = self.recordings and str(self.recordings / f"{self.folder.name}-step{self.step}-{character}")
+                name = f"{self.folder.name}-step{self.step}-{character}"
+                record = str(self.recordings / name) if self.recordings else None
                 with timers.measure("times/evaluation_cpu"):
                     results = self._play(character, record)
                 if self.ranks.rank == 0:
-                    rows = game_rows(results, character, self.config.eval_seed, record)
-                    self._save_results(results, rows, character)
-                    games += rows
+                    told = game_rows(results, character, self.config.eval_seed, record)
+                    self._save_results(results, told, character)
+                    games += told
                 summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
                 row.update({prefix + name: value for name, value in summary.items()})
@@ -2977,7 +2991,7 @@ class Trainer:
         arrays = {"returns": scores, "depths": np.array([result.depth for result in results]),
                   "normalized_scores": scores / AUTOASCEND_MEAN_SCORE[character]}  # fmt: skip
         for name, array in arrays.items():
-            write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", lambda file, array=array: np.save(file, array))
+            write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", partial(np.save, arr=array))
         table = io.StringIO(newline="")
         csv.writer(table).writerows([rows[0].keys(), *(row.values() for row in rows)])
         write_atomically(self.folder / f"{self.step}_{character}_games.csv", lambda file: file.write(table.getvalue().encode()))
@@ -3003,8 +3017,8 @@ class Trainer:
         return [*lines, f"rewards: over {self.reward_scale:.2f} points, then clipped to +-{config.clip_range:g}",
                 f"model: {backbone:,} parameters in the backbone, {total - backbone:,} in the head",
                 f"device: {self.device} ({device}), {str(self.precision or torch.float32)[6:]}, processes: {self.ranks.world}",
-                f"batch: {rows:,} rows x {config.seq_len} steps = {self.transitions_per_update:,} transitions; "
-                f"{self.loader.plan.steps:,} updates a pass, {config.update_steps:,} in all",
+                (f"batch: {rows:,} rows x {config.seq_len} steps = {self.transitions_per_update:,} transitions; "
+                 f"{self.loader.plan.steps:,} updates a pass, {config.update_steps:,} in all"),
                 f"run: {self.folder}" + (f"; games are recorded in {self.recordings}" if self.recordings else "")]  # fmt: skip
 
     def run(self) -> None:
