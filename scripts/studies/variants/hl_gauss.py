@@ -29,7 +29,7 @@ class Model(ours.Model):
         self.bin_logits: Optional[torch.Tensor] = None  # of the last call, for the loss
 
     def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        shared = self.shared(core_output)
+        shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
         self.bin_logits = self.value(shared).float()
         centres = LOW + (torch.arange(BINS, device=shared.device) + 0.5) * (HIGH - LOW) / BINS
         return self.policy(shared).float(), self.bin_logits.softmax(-1) @ centres
