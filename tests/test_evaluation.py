@@ -197,10 +197,13 @@ def test_a_pool_serves_on_after_an_evaluation_that_failed(pools):
 @pytest.fixture(scope="module")
 def scripted(pools):
     model = Scripted().train()
-    before = [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]
+
+    def generators():
+        return [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]  # noqa: NPY002  the global one is meant
+
+    before = generators()
     results = play(pools[2], model, games=10)
-    after = [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]
-    return model, results, before, after
+    return model, results, before, generators()
 
 
 def starts_of(results, slots=SLOTS):
@@ -337,7 +340,8 @@ def test_ends_are_told_apart(pools):
     assert [(result.end, result.length, result.turns) for result in results] == [("died", 5, 4), ("no progress", 1007, 2), ("died", 30, 1)]
     assert [result.cause for result in results] == ["quit", "", "quit"]
     results = play(pools[3], Scripted(act), games=3, max_steps=20)
-    assert [(result.end, result.length, result.turns) for result in results] == [("died", 5, 4), ("step limit", 20, 2), ("step limit", 20, 1)]
+    ends = [(result.end, result.length, result.turns) for result in results]
+    assert ends == [("died", 5, 4), ("step limit", 20, 2), ("step limit", 20, 1)]
 
 
 @pytest.fixture
@@ -617,8 +621,9 @@ def test_workers_and_folders_go_with_a_main_process_that_is_killed(tmp_path):
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         folder = tmp_path / number.name
         folder.mkdir()
-        process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)},
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+        environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, text=True)  # fmt: skip
         running.append((number, folder, process))
     try:
         for number, folder, process in running:
