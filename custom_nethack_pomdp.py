@@ -358,8 +358,7 @@ def split_arguments(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, str]]
 
 
 def help_parser() -> argparse.ArgumentParser:
-    """--help: every field with the comment behind it, under the headings between them (pyrallis would show no groups). A comment
-    ends with what None stands for, in square brackets."""
+    """--help: every field with the comment behind it ([in brackets]: what None means), under the headings between them."""
     parser = argparse.ArgumentParser(description=__doc__.split("Axes:")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python custom_nethack_pomdp.py [--config FILE] [--name value ...]")  # fmt: skip
     group = parser.add_argument_group("settings, also as 'name: value' lines of a file")
@@ -2290,8 +2289,7 @@ def score_table(summaries: Dict[str, Dict[str, float]], games: int) -> str:
 
 
 def game_rows(results: Sequence[GameResult], character: str, eval_seed: int, record: Optional[str] = None) -> List[Dict[str, Any]]:
-    """The table of evaluated games: a row a game, in the order of their numbers. `recording` is empty for a game that play_games did
-    not record as `record` says, or recorded on another machine."""
+    """The table of evaluated games: a row a game. `record` as in play_games; a game of another machine's has no `recording`."""
     rows = []
     for result in results:
         folders = siblings(Path(f"{record}-{result.game}"))[:1] if record else []
@@ -2943,9 +2941,7 @@ class Trainer:
                 with timers.measure("times/evaluation_cpu"):
                     results = self._play(character, record)
                 if self.ranks.rank == 0:
-                    told = game_rows(results, character, self.config.eval_seed, record)
-                    self._save_results(results, told, character)
-                    games += told
+                    games += self._save_results(results, character, record)
                 summaries[character] = summary = summarize_games(results, character)
                 prefix = "" if len(self.config.characters) == 1 else f"{character}/"
                 row.update({prefix + name: value for name, value in summary.items()})
@@ -2985,14 +2981,14 @@ class Trainer:
         if self.ranks.rank == 0:
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
-    def _save_results(self, results: Sequence[GameResult], rows: Sequence[Dict[str, Any]], character: str) -> None:
-        """One value a game, in the order of the games' seeds, and all that is known of each as a table."""
+    def _save_results(self, results: Sequence[GameResult], character: str, record: Optional[str]) -> List[Dict[str, Any]]:
+        """One value a game, in the order of the games' seeds, and all that is known of each as a table, which is returned."""
         scores = np.array([result.score for result in results])
         arrays = {"returns": scores, "depths": np.array([result.depth for result in results]),
                   "normalized_scores": scores / AUTOASCEND_MEAN_SCORE[character]}  # fmt: skip
         for name, array in arrays.items():
             write_atomically(self.folder / f"{self.step}_{character}_{name}.npy", partial(np.save, arr=array))
-        table = io.StringIO(newline="")
+        rows, table = game_rows(results, character, self.config.eval_seed, record), io.StringIO(newline="")
         csv.writer(table).writerows([rows[0].keys(), *(row.values() for row in rows)])
         write_atomically(self.folder / f"{self.step}_{character}_games.csv", lambda file: file.write(table.getvalue().encode()))
         for name, row in (("best", max(rows, key=lambda row: row["score"])), ("last", rows[-1])):
@@ -3001,6 +2997,7 @@ class Trainer:
                 self.logger.keep_game(row["recording"], f"{self.step}_{character}_{name}.ttyrec3.bz2")
             elif self.recordings:
                 warn(f"the {name} game of {character} was recorded on another machine: wandb does not get it")
+        return rows
 
     # --- the loop
     def _summary(self) -> List[str]:

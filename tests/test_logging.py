@@ -373,7 +373,8 @@ def check_media(folder, logged, rows):
     assert game["end"] == "step limit" and game["length"] == 5 and game["score"] == rows[-1]["reward_mean"]
     names = ("eval/normalized_score", "eval/normalized_score_mon_hum_neu", "eval/autoascend")
     expected = {(name, row["transitions"]): row[name] for row in rows if "eval/autoascend" in row for name in names}
-    assert {(row["lineKey"], row["step"]): row["lineVal"] for row in table_of(folder, "eval/scores_table")} == expected and len(expected) == 6
+    lines = {(row["lineKey"], row["step"]): row["lineVal"] for row in table_of(folder, "eval/scores_table")}
+    assert lines == expected and len(lines) == 6
     for part in ("2_mon-hum-neu_best", "2_mon-hum-neu_last", "4_mon-hum-neu_best", "4_mon-hum-neu_last"):
         (kept,) = folder.glob(f"wandb/offline-run-*/files/games/{part}.ttyrec3.bz2")
         assert sum(len(piece.actions) for piece in pomdp.read_ttyrec(str(kept))) >= 5
