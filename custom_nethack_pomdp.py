@@ -1621,7 +1621,7 @@ class AWRConfig:
     burn_in: int = 4  # steps re-run before a chunk to refresh the stored state (R2D2, Kapturowski et al. 2019, section 3)
     lam: float = 0.95  # lambda of the returns (TD(lambda); the usual value, arXiv 1506.02438)
     # Temperature: weight = exp(advantage / (beta * scale)) (AWR, arXiv 1910.00177, equation 7). Rewards are rare and of very
-    # unequal size: with AWR's own 1 and 20 three quarters of a batch's effective size are lost to a few frames (README).
+    # unequal size: with AWR's own 1 and 20 a few frames take half to two thirds of a batch's effective size (README).
     beta: float = 3.0
     max_weight: float = 5.0  # largest weight before normalisation (AWR, section 5, has 20)
     scale_rate: float = 0.01  # rate at which the advantages' running mean square is updated (MARWIL, 2018, equation 4)
