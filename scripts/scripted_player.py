@@ -6,7 +6,7 @@ explores, searches for hidden ways, and goes down when it is strong enough or ha
 
 import re
 from collections import deque
-from typing import Deque, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 from nle import nethack
@@ -20,7 +20,6 @@ ESC, RETURN, KICK, PRAY = "\x1b", "\r", "\x04", chr(nethack.Command.PRAY.value)
 STEPS = {"k": -80, "l": 1, "j": 80, "h": -1, "u": -79, "n": 81, "b": 79, "y": -81}
 STRAIGHT = (-80, 1, 80, -1)
 CELLS, TOP, BOTTOM = 24 * 80, 80, 22 * 80
-Look = Tuple[str, int]  # character and colour of a cell
 
 # What a cell is, by character and colour.
 WALL, FLOOR, DOOR, TRAP, BOULDER, MONSTER = range(6)
@@ -37,42 +36,28 @@ PASSIVE = {(c, color) for c in "ejF" for color in range(32)} - {("F", 10), ("F",
 EYE = ("e", 4)
 DEADLY = {EYE, ("e", 7), ("j", 4), ("F", 3)}
 # Corpses that do no harm when fresh.
-EDIBLE = re.compile(
-    "newt|jackal|(sewer|giant) rat|gecko|iguana|baby crocodile|gnome( lord)?|gnomish wizard|dwarf( lord)?|hobbit|goblin|"
-    "(hill|Mordor|snow) orc|Uruk-hai|bugbear|(giant|fire) ant|rock piercer|cave spider|lichen|floating eye|rothe|coyote|fox|"
-    "hyena|dingo|wolf|winter wolf cub|woodchuck|pony|horse|jaguar|lynx|panther"
-)
+EDIBLE = re.compile("newt|jackal|(sewer|giant) rat|gecko|iguana|baby crocodile|gnome( lord)?|gnomish wizard|dwarf( lord)?|hobbit|goblin|"
+                    "(hill|Mordor|snow) orc|Uruk-hai|bugbear|(giant|fire) ant|rock piercer|cave spider|lichen|floating eye|rothe|coyote|"
+                    "fox|hyena|dingo|wolf|winter wolf cub|woodchuck|pony|horse|jaguar|lynx|panther")  # fmt: skip
 
 class ScriptedPlayer:
     """Plays one game. `rng`, a numpy.random.Generator, is its only source of chance."""
-
-    # Of the level: cells, and (cell, offset) -> how often that step got nowhere.
-    stairs: Set[int]
-    locked: Set[int]
-    statues: Set[int]
-    food: Set[int]
-    tasted: Set[int]
-    failed: Dict[Tuple[int, int], int]
-    reach: Dict[int, Optional[str]]  # cells that `walk` passed -> first key of the way there, None where we are
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
         self.queue: List[str] = []  # keys to press next, whatever is on the screen
         self.heard = ""  # messages since the last decision
-        self.level: Optional[str] = None
-        self.place = self.states = ""
-        self.hungry: Optional[re.Match[str]] = None
+        self.level, self.place, self.states, self.hungry = "none yet", "", "", False
         self.hp = self.max_hp = self.xl = self.turn = self.idle = 0
         self.prayed = -890  # turn; the first prayer is safe from about turn 100 on
         self.friends = {("d", 15), ("f", 15)}  # looks of pets: at first, dogs and cats in white
-        self.peaceful: Dict[Look, int] = {}  # look -> turn in which the game asked "Really attack?"
+        self.peaceful: Dict[Tuple[str, int], int] = {}  # look -> turn in which the game asked "Really attack?"
         self.archer: Optional[bool] = None  # whether we have arrows for a bow
-        self.bow = False  # whether it is in hand
         self.kill: Optional[Tuple[int, int, str]] = None  # (cell, turn, kind) of what we killed last
-        self.eating, self.meals = False, 0  # whether it is to be eaten now; how often we began
+        self.bow, self.eating, self.meals = False, False, 0  # the bow is in hand; the kill is to be eaten now; how often we began
         self.own_food = self.pickup = True
         self.goal: Optional[int] = None  # what the last key was meant for: a cell
-        self.step_taken: Optional[Tuple[int, int, Look]] = None  # (from, offset, look of the cell)
+        self.step_taken: Optional[Tuple[int, int, Tuple[str, int]]] = None  # (from, offset, look of the cell)
 
     def act(self, obs: Mapping[str, np.ndarray]) -> int:
         """Index into nethack.ACTIONS of the next key. obs: tty_chars uint8 [24, 80], tty_colors int8 [24, 80], tty_cursor [2]."""
@@ -84,7 +69,7 @@ class ScriptedPlayer:
         status = re.search(r"(.*?) +[$*]:.*HP:(-?\d+)\((\d+)\).*(?:Xp|HD):(\d+).* T:(\d+)(.*)", self.text[23 * 80 :])
         if status:
             self.place, self.states = status.group(1), status.group(6)
-            self.hungry = re.search("Hungry|Weak|Faint", self.states)
+            self.hungry = bool(re.search("Hungry|Weak|Faint", self.states))
             self.hp, self.max_hp, self.xl, turn = (int(status.group(i)) for i in (2, 3, 4, 5))
             self.idle, self.turn = (self.idle + 1 if turn == self.turn else 0), turn
         return KEYS.get(self.choose(row), KEYS[ESC])
@@ -121,15 +106,15 @@ class ScriptedPlayer:
             return arrows.group() if arrows else ESC
         return "y" if "sure you want to pray" in question else ESC
 
-    def look(self, cell: int) -> Look:
+    def look(self, cell: int) -> Tuple[str, int]:
         return self.text[cell], self.colors[cell]
 
     def decide(self) -> str:
         if self.place != self.level:
             self.level, self.arrival, self.kicks, self.no_kicks = self.place, self.turn, 0, False
             self.known, self.searched = np.zeros(CELLS, bool), np.zeros(CELLS)  # cells we stood beside; searches made there
-            self.stairs, self.locked, self.statues, self.food, self.tasted = set(), set(), set(), set(), set()
-            self.failed = {}
+            self.stairs, self.locked, self.statues, self.food, self.tasted = (set[int]() for _ in range(5))
+            self.failed: Dict[Tuple[int, int], int] = {}  # (cell, offset) -> how often that step got nowhere
         self.learn()
         rules = (self.setup, self.survive, self.fight, self.eat, self.rest, self.explore)
         key = next(filter(None, (rule() for rule in rules)), "s")  # of the first that has one
@@ -176,9 +161,7 @@ class ScriptedPlayer:
         if (shop and self.pickup) or (self.turn == self.arrival and not self.pickup):
             self.pickup = not self.pickup
             return "@"
-        if self.text[self.here - 81 : self.here - 78] == "/-\\":
-            return self.step(self.rng.choice(list(STEPS)))  # swallowed: hit out
-        return None
+        return self.step(self.rng.choice(list(STEPS))) if self.text[self.here - 81 : self.here - 78] == "/-\\" else None  # swallowed
 
     def step(self, key: str) -> str:
         self.goal = self.here + STEPS[key]
@@ -196,7 +179,7 @@ class ScriptedPlayer:
         look = self.look(cell)
         return look in self.friends or cell in self.statues or self.turn - self.peaceful.get(look, -99) < 50
 
-    def enemies(self, reach: int) -> List[Tuple[int, str, Look]]:
+    def enemies(self, reach: int) -> List[Tuple[int, str, Tuple[str, int]]]:
         """(distance, key, look) of the first enemy in each direction, up to `reach` cells away, nearest first."""
         found = []
         for key, offset in STEPS.items():
@@ -212,10 +195,9 @@ class ScriptedPlayer:
 
     def survive(self) -> Optional[str]:
         low = self.hp < 6 or self.hp * 7 < self.max_hp
-        if self.turn - self.prayed > (1000 if low else 850) and (low or re.search("Weak|Faint", self.states)):
-            self.prayed = self.turn
-            return PRAY
-        return None
+        due = self.turn - self.prayed > (1000 if low else 850) and (low or re.search("Weak|Faint", self.states))
+        self.prayed = self.turn if due else self.prayed
+        return PRAY if due else None
 
     def fight(self) -> Optional[str]:
         for distance, key, look in self.enemies(7 if self.archer else 1):
@@ -237,12 +219,10 @@ class ScriptedPlayer:
                 if key:
                     return key
             self.kill = None
-        if self.hungry:
-            if self.here in self.food or self.own_food:
-                self.food.discard(self.here)
-                return "e"
-            return self.walk(self.food)
-        return None
+        if self.hungry and (self.here in self.food or self.own_food):
+            self.food.discard(self.here)
+            return "e"
+        return self.walk(self.food) if self.hungry else None
 
     def rest(self) -> Optional[str]:
         threats = any(not self.harmless(cell) and self.look(cell) not in PASSIVE for cell in self.monsters())
@@ -250,8 +230,8 @@ class ScriptedPlayer:
 
     def walk(self, goals: Set[int]) -> Optional[str]:
         """First key of a shortest way to one of the cells `goals` (a set), if there is one. Keeps all cells passed as `reach`."""
-        kind, self.reach = self.kind.tobytes(), {self.here: None}
-        todo: Deque[int] = deque([self.here])
+        kind, todo = self.kind.tobytes(), deque([self.here])
+        self.reach: Dict[int, Optional[str]] = {self.here: None}
         while todo:
             cell = todo.popleft()
             first = self.reach[cell]
@@ -294,9 +274,7 @@ class ScriptedPlayer:
         frontier &= (self.kind == FLOOR) | (self.kind == DOOR)
         edge = set(np.flatnonzero(frontier[:BOTTOM]).tolist())
         key = (self.pickup and self.walk(self.cells("$"))) or (ready and self.walk(self.stairs)) or self.walk(edge)
-        if key:
-            return key
-        return self.wait() if not ready and self.reach.keys() & self.stairs else self.search()
+        return key or (self.wait() if not ready and self.reach.keys() & self.stairs else self.search())
 
     def search(self) -> Optional[str]:
         """Nowhere left to go: searches for hidden doors and passages where there is room for something behind."""
