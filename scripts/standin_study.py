@@ -15,7 +15,8 @@ start (else nobody would see anything but first levels, and hardly a game's end)
 One JSON row for each submission goes to --out as soon as it is made: algorithm, block_sha256, character, steps, transitions, batch_size,
 seq_len, rnn_hidden_dim, rnn_layers, learning_rate, seed, game_ends, train_loss (nats per action, mean of the last tenth of the steps),
 heldout (loss_per_action, accuracy, frequencies: the loss of always giving each action its share of the training batches, transitions,
-games, game_ends), curve, wall_seconds, commit, modified, hardware. Exit code 2 and one line on standard error for a mistake in what was asked.
+games, game_ends), curve, wall_seconds, commit, modified, hardware. Exit code 2 and one line on standard error for a mistake in what
+was asked.
 
 Axes: B batch (rows), T time (seq_len), N frames. Batches hold T + 1 steps.
 """
