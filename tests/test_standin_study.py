@@ -99,7 +99,7 @@ def test_rows_play_whole_games_one_after_another(batches, whole_games):
     assert inside > 0, "no game ended inside a chunk: the test shows nothing"
 
 
-def test_rewards_are_raw_and_never_negative(batches, whole_games):
+def test_rewards_are_raw_and_never_negative(batches):
     rewards = np.concatenate([batch["rewards"] for batch in batches])
     assert rewards.max() >= 4 and rewards.min() == 0 and np.array_equal(rewards, np.round(rewards))
 
