@@ -184,7 +184,7 @@ POLICY = "        self.policy = nn.Linear(backbone.rnn_hidden_dim, backbone.num_
 
 BROKEN = [
     # which check must notice, in what words, and what is wrong with the block
-    ("loads", "NameError.*MISSING.*line 19", "bc", [("NOT_OBSERVATIONS = (", "NOT_OBSERVATIONS = MISSING + (")]),
+    ("loads", "NameError.*MISSING.*line 20", "bc", [("NOT_OBSERVATIONS = (", "NOT_OBSERVATIONS = MISSING + (")]),
     ("loads", "no class Model", "bc", [("class Model(nn.Module)", "class Modell(nn.Module)"), ("Model(backbone)", "Modell(backbone)")]),
     ("loads", "SystemExit", "bc", [("NOT_OBSERVATIONS = (", "raise SystemExit\nNOT_OBSERVATIONS = (")]),
     ("builds", "AttributeError.*expectile.*line", "bc",
@@ -341,7 +341,7 @@ def test_command_fails(tmp_path):
     path.write_text(edited("bc", ("NOT_OBSERVATIONS = (", "NOT_OBSERVATIONS = MISSING + (")).source, encoding="utf-8")
     done = command(path, "--export", out)
     assert done.returncode == 1 and done.stderr == ""
-    assert "FAIL names from outside: MISSING (line 19)" in done.stdout
+    assert "FAIL names from outside: MISSING (line 20)" in done.stdout
     assert not out.exists()
 
 
