@@ -278,7 +278,8 @@ def test_shipped_studies_are_sound(name):
     assert found.name == name
     arms = {run.arm: run for run in found.runs}
     if name != "tiny":
-        assert {"ours", "bc_ours", "bc", "iql", "cql", "no_burn_in", "beta_3", "lam_0", "no_prev_action"} == set(arms)
+        assert {"ours", "bc_ours", "bc", "iql", "cql", "plain_head", "sharp_weights", "no_burn_in", "lam_0", "no_prev_action", "crop_only",
+                "value_bins"} == set(arms)  # fmt: skip
         assert {playing.variant for playing in arms["ours"].playings} == {"default", "argmax", "temperature_0.7", "not_cleared"}
         assert len({(run.config.update_steps, run.config.batch_size, run.config.seq_len) for run in found.runs}) == 1  # one budget
     # No two arms are the same by mistake.
