@@ -1679,8 +1679,9 @@ class Model(nn.Module):
     def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """[B, T, H] -> logits [B, T, A] and values [B, T], both float32 also under autocast.
 
-        A fresh LSTM's output is about 0.003 in size, and for its first hundred updates the network would learn little but
-        how often each action is taken. Normalised (without parameters, arXiv 1607.06450), it learns from the first one on.
+        A fresh LSTM's output is some 0.02 in size and differs by a thousandth from frame to frame: for its first hundred updates
+        the network would learn little but how often each action is taken. Normalised (without parameters, arXiv 1607.06450), it
+        learns from the first one on.
         """
         shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
         return self.policy(shared).float(), self.value(shared).float().squeeze(-1)
