@@ -1,6 +1,6 @@
 """How fast each part is, side by side with what users had before, in one run.
 
-    python scripts/benchmark.py --data_path DATA_DIR [--rows read,build,act,play,evaluate,train,grow] [--repeats 5]
+    python scripts/benchmark.py --data_path DATA_DIR [--rows read,build,act,play,evaluate,train,ranks,grow] [--repeats 5]
                                 [--katakomba CHECKOUT] [--json FILE]
 
 Every row times ours and theirs alternately, `--repeats` times each, and gives medians, the spread (quartiles over the
@@ -18,6 +18,7 @@ evaluate  game steps/s with the full-size policy, 8 games, against a loop over A
 train     transitions/s of a whole update, loading included, at the benchmark's batch (64 x 16) and at ours, against
           Katakomba's IQL update (without its loading and rendering); share of the time waiting for data, share of what the
           chip does in a large matrix product; on a CUDA GPU if there is one, otherwise on the CPU
+ranks     transitions/s of whole runs under torchrun, 2 processes against 1, the same rows in all
 grow      read and train at 1, 4, 16 and 64 times the games (repeated) and on 1 and 2 cores, each in a process of its own,
           with its peak memory; and from these a worked estimate for all of NLD-AA
 """
@@ -29,6 +30,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +45,7 @@ import torch
 
 import custom_nethack_pomdp as pomdp
 
-ROWS = ("read", "build", "act", "play", "evaluate", "train", "grow")
+ROWS = ("read", "build", "act", "play", "evaluate", "train", "ranks", "grow")
 NLD_AA_GAMES, NLD_AA_FRAMES = 109_545, 3_481_605_009  # arXiv 2211.00539, table 1
 
 
@@ -460,6 +462,32 @@ def bench_train(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]
     return results
 
 
+def processes_speed(data: Data, processes: int) -> float:
+    """Transitions/s that a run under torchrun logs: 64 rows in all, shared by the processes as are the cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"character": data.character, "data_path": data.data_path, "store_path": data.folder, "checkpoints_path": folder,
+                    "batch_size": 64 // processes, "update_steps": 6, "log_every": 3, "eval_episodes": 0,
+                    "eval_heldout_frames": 0}  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), pomdp.__file__]
+        command += [token for name, value in settings.items() for token in (f"--{name}", str(value))]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, pomdp.usable_cores() // processes))}
+        said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return float([line for line in said.splitlines() if line.startswith("TRAIN_METRICS")][-1].rsplit("=", 1)[1])
+
+
+def bench_ranks(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
+    speeds: Dict[int, List[float]] = {1: [], 2: []}
+    for _ in range(max(1, options.repeats // 2)):
+        for processes, found in speeds.items():
+            found.append(processes_speed(data, processes))
+    ours, theirs = statistics.median(speeds[2]), statistics.median(speeds[1])
+    row = {"row": "ranks", "what": "2 processes against 1 (torchrun), 64 x 16 in all", "ours": ours, "theirs": theirs,
+           "ratio": ours / theirs, "unit": "transitions/s", "repeats": len(speeds[1]),
+           "spread": (max(speeds[2]) - min(speeds[2])) / ours}  # fmt: skip
+    show(row)
+    return [row]
+
+
 # --- how cost grows
 def in_process(work: Callable[..., Dict[str, float]], options: argparse.Namespace, times: int, cores: int, *more: Any) -> Dict[str, float]:
     """work(options, times, cores, ...) in a fresh process on `cores` cores."""
@@ -531,7 +559,7 @@ def estimate(data: Data, results: List[Dict[str, Any]], options: argparse.Namesp
 
 
 BENCHES = {"read": bench_read, "build": bench_build, "act": bench_act, "play": bench_play, "evaluate": bench_evaluate, "train": bench_train,
-           "grow": bench_grow}  # fmt: skip
+           "ranks": bench_ranks, "grow": bench_grow}  # fmt: skip
 
 
 def machine() -> str:
