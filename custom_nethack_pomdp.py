@@ -952,30 +952,41 @@ class FoundGames(NamedTuple):
     others: List[str]  # other characters seen
 
 
-def find_nld_games(root: Path, character: str) -> FoundGames:
-    """Games of the character below an NLD-AA folder: those with a line in their folder's xlogfile."""
-    games, problems, others = [], [], set()
+def walk_xlogfiles(root: Path, problems: List[str]) -> Iterator[Tuple[Path, List[str], List[Tuple[Path, Dict[str, str]]]]]:
+    """Each folder at or below `root` with the names of its files and its xlogfiles' lines; those that cannot be read are problems."""
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
-        for xlogfile in sorted(name for name in files if name.endswith(".xlogfile")):
+        lines = []
+        for path in sorted(Path(folder, name) for name in files if name.endswith(".xlogfile")):
             try:
-                lines = parse_xlogfile(Path(folder, xlogfile))
-            except OSError as error:
-                problems.append(f"{Path(folder, xlogfile)}: {error.strerror}")
-                continue
-            for xlog in lines:
-                name = xlog.get("ttyrecname", "")
-                if character_of(xlog) != character:
-                    others.add(character_of(xlog))
-                elif name != os.path.basename(name) or not name.endswith(".ttyrec3.bz2"):
-                    problems.append(f"{Path(folder, xlogfile)}: its line names no ttyrec3.bz2 file beside it")
-                elif name not in files or not Path(folder, name).exists():  # a link may lead nowhere
-                    problems.append(f"{Path(folder, name)}: named by the xlogfile, but missing")
-                else:
-                    path = Path(folder, name)
-                    stat = path.stat()
-                    label = f"{Path(folder).resolve().name}/{name}"
-                    games.append(GameSource(label, str(path), "", stat.st_size, stat.st_mtime_ns))
+                lines += [(path, xlog) for xlog in parse_xlogfile(path)]
+            except OSError as error:  # noqa: PERF203  there are few of them
+                problems.append(f"{path}: {error.strerror}")
+        yield Path(folder), files, lines
+
+
+def label_of(folder: Path, name: str) -> str:
+    """A game's name: the same wherever the data lies."""
+    return f"{folder.resolve().name}/{name}"
+
+
+def find_nld_games(root: Path, character: str) -> FoundGames:
+    """Games of the character below an NLD-AA folder: those with a line in their folder's xlogfile."""
+    games: List[GameSource] = []
+    problems: List[str] = []
+    others = set()
+    for folder, files, lines in walk_xlogfiles(root, problems):
+        for xlogfile, xlog in lines:
+            name = xlog.get("ttyrecname", "")
+            if character_of(xlog) != character:
+                others.add(character_of(xlog))
+            elif name != os.path.basename(name) or not name.endswith(".ttyrec3.bz2"):
+                problems.append(f"{xlogfile}: its line names no ttyrec3.bz2 file beside it")
+            elif name not in files or not (folder / name).exists():  # a link may lead nowhere
+                problems.append(f"{folder / name}: named by the xlogfile, but missing")
+            else:
+                stat = (folder / name).stat()
+                games.append(GameSource(label_of(folder, name), str(folder / name), "", stat.st_size, stat.st_mtime_ns))
     return FoundGames(sorted(set(games)), problems, sorted(others))
 
 
@@ -1230,6 +1241,16 @@ class ChunkStore:
                      np.frombuffer(raw, np.uint8, n, actions), previous)  # fmt: skip
 
 
+def choose_heldout(names: Sequence[str], share: float) -> np.ndarray:
+    """bool [G]: which of a character's games are held out, by hash of their name; at least one of two or more."""
+    shares = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names])
+    chosen = shares < share
+    if share > 0:
+        chosen[np.argmin(shares)] = True
+        chosen[np.argmax(shares)] = False  # at least one to train on; the only one, if there is one
+    return chosen
+
+
 class Games:
     """The games of one or several stores under one numbering."""
 
@@ -1240,16 +1261,8 @@ class Games:
         self.names = [str(store.names[game]) for store, game in self.places]
 
     def heldout(self, share: float) -> np.ndarray:
-        """bool [G]: games never trained on, by hash of their name; at least one of each character that has two or more."""
-        shares = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in self.names])
-        chosen, start = shares < share, 0
-        for store in self.stores:
-            part = slice(start, start + len(store))
-            if share > 0:
-                chosen[part][np.argmin(shares[part])] = True
-                chosen[part][np.argmax(shares[part])] = False  # at least one to train on; the only one, if there is one
-            start += len(store)
-        return chosen
+        """bool [G]: games never trained on, chosen among each store's."""
+        return np.concatenate([choose_heldout([str(name) for name in store.names], share) for store in self.stores])
 
     def reward_scale(self, games: Union[Sequence[int], np.ndarray], gamma: float) -> float:
         """Root mean square of the discounted return so far, R_t = gamma R_{t-1} + r_t, over all frames of the games.
@@ -2001,10 +2014,12 @@ def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
     return derived_seed(eval_seed, game, 0) % 2**31, derived_seed(eval_seed, game, 1) % 2**31
 
 
+SHARED_SHAPES: Dict[str, Tuple[Any, ...]] = {**OBSERVATION_SHAPES, "actions": (np.int64,), "fresh": (np.bool_,), "active": (np.bool_,)}
+
+
 def observation_views(shared: Dict[str, Any], slots: int) -> Dict[str, np.ndarray]:
     """Arrays [slots, ...] over memory that the main process shares with its workers."""
-    shapes = {**OBSERVATION_SHAPES, "actions": (np.int64,), "fresh": (np.bool_,), "active": (np.bool_,)}
-    return {name: np.frombuffer(shared[name], dtype=kind).reshape((slots, *shape)) for name, (kind, *shape) in shapes.items()}
+    return {name: np.frombuffer(shared[name], dtype=kind).reshape((slots, *shape)) for name, (kind, *shape) in SHARED_SHAPES.items()}
 
 
 class Slot:
@@ -2140,10 +2155,9 @@ class GamePool:
         """`mine`: the slots to play here, where several processes share out the games; all by default."""
         self.slots = slots
         self.rows = -(-slots // 8) * 8  # padded: a matrix product's bits may differ with the number of rows, at multiples of 8 not
-        sizes = {"tty_chars": CELLS, "tty_colors": CELLS, "tty_cursor": 2, "blstats": 4 * NUM_BLSTATS, "actions": 8, "fresh": 1,
-                 "active": 1}  # fmt: skip
         self.context = multiprocessing.get_context("spawn")
-        self.shared = {name: self.context.RawArray("b", size * self.rows) for name, size in sizes.items()}
+        self.shared = {name: self.context.RawArray("b", np.dtype(kind).itemsize * math.prod(shape) * self.rows)
+                       for name, (kind, *shape) in SHARED_SHAPES.items()}  # fmt: skip
         self.views = observation_views(self.shared, self.rows)
         mine = range(slots) if mine is None else mine
         count = min(workers or usable_cores(), len(mine))
@@ -2743,7 +2757,9 @@ class Trainer:
                 raise UserError(f"process {others[0]} has not the same {name} as process 0")
 
     def _weights_sum(self) -> float:
-        """Differs if two processes' weights do."""
+        """Differs if two processes' weights do; one process has nothing to compare, and need not add up 57 million."""
+        if self.ranks.world == 1:
+            return 0.0
         return float(sum(parameter.detach().sum(dtype=torch.float64) for parameter in self.algorithm.parameters()))
 
     def _loader(self, chosen: np.ndarray, rows: int, seed: Optional[int], **options: Any) -> ChunkLoader:

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmark_katakomba as katakomba
 import numpy as np
 import torch
+from study import cpu_name
 
 import custom_nethack_pomdp as pomdp
 
@@ -564,9 +565,8 @@ BENCHES = {"read": bench_read, "build": bench_build, "act": bench_act, "play": b
 
 def machine() -> str:
     """The machine in words: processor, cores, GPU, versions."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: the train rows are a CPU's"
-    return f"{names[0] if names else platform.machine()}, {pomdp.usable_cores()} cores, torch {torch.__version__}, {device}"
+    return f"{cpu_name() or platform.machine()}, {pomdp.usable_cores()} cores, torch {torch.__version__}, {device}"
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from custom_nethack_pomdp import BLOCK
+
 SCREEN_SHAPE = (3, 108, 108)  # katakomba/utils/render.py: 18 x 18 cells of 6 x 6 pixels
 IQL = "algorithms/small_scale/iql_chaotic_lstm.py"
 
@@ -38,7 +40,7 @@ def write_hdf5(path: Path, games: Any, chosen: List[int]) -> int:
         for game in chosen:
             store, number = games.places[game]
             length = int(store.frames[number])
-            blocks = [store.block(number, index) for index in range(-(-length // 64))]
+            blocks = [store.block(number, index) for index in range(-(-length // BLOCK))]
             at, values = store.rewards(number)
             rewards, dones = np.zeros(length, np.int32), np.zeros(length, bool)
             rewards[at], dones[-1] = np.maximum(values, 0), True

@@ -23,7 +23,6 @@ import os
 import re
 import signal
 import sys
-import types
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -44,19 +43,20 @@ from custom_nethack_pomdp import (
     UNKNOWN_KEY,
     ChunkStore,
     GameError,
-    Games,
     GameSource,
     StatusReader,
     TrainConfig,
     UserError,
     character_of,
+    choose_heldout,
     find_hdf5_games,
     find_nld_games,
     frames_of_play,
-    parse_xlogfile,
+    label_of,
     read_hdf5,
     read_ttyrec,
     usable_cores,
+    walk_xlogfiles,
 )
 
 TOP = 15  # actions shown
@@ -164,24 +164,17 @@ def look_through_nld(root: Path) -> Tuple[Dict[str, Dict[str, GameReport]], List
     """One walk over the xlogfiles: {character: {name: what its line says}}, and damage that belongs to no character."""
     known: Dict[str, Dict[str, GameReport]] = {}
     damage: List[str] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
+    for folder, files, lines in walk_xlogfiles(root, damage):
         named = set()
-        for xlogfile in sorted(name for name in files if name.endswith(".xlogfile")):
-            try:
-                lines = parse_xlogfile(Path(folder, xlogfile))
-            except OSError as error:
-                damage.append(f"{Path(folder, xlogfile)}: {error.strerror}")
+        for xlogfile, xlog in lines:
+            character, name = character_of(xlog), xlog.get("ttyrecname", "")
+            named.add(name)
+            if "?" in character:
+                damage.append(f"{xlogfile}: a line without role, race and alignment")
                 continue
-            for xlog in lines:
-                character, name = character_of(xlog), xlog.get("ttyrecname", "")
-                named.add(name)
-                if "?" in character:
-                    damage.append(f"{Path(folder, xlogfile)}: a line without role, race and alignment")
-                    continue
-                label = f"{Path(folder).resolve().name}/{name}"  # as find_nld_games names them
-                known.setdefault(character, {})[label] = GameReport(label, None, number_in(xlog, "points"), number_in(xlog, "turns"), None)
-        damage += [f"{Path(folder, name)}: no line of an xlogfile names it" for name in sorted(files)
+            label = label_of(folder, name)
+            known.setdefault(character, {})[label] = GameReport(label, None, number_in(xlog, "points"), number_in(xlog, "turns"), None)
+        damage += [f"{folder / name}: no line of an xlogfile names it" for name in sorted(files)
                    if re.search(r"\.ttyrec\d*\.bz2$", name) and name not in named]  # fmt: skip
     return known, damage
 
@@ -253,8 +246,7 @@ def statistics(values: Sequence[Optional[int]]) -> Optional[Dict[str, float]]:
 
 def heldout_count(names: Sequence[str], share: float) -> int:
     """Games held out of these, by the rule of a run that trains on them."""
-    games = types.SimpleNamespace(names=list(names), stores=[list(names)])
-    return int(Games.heldout(games, share).sum()) if names else 0  # type: ignore[arg-type]  # it needs no more of Games
+    return int(choose_heldout(names, share).sum()) if names else 0
 
 
 def describe(found: Found, reports: Sequence[Union[GameReport, str]], share: float) -> Dict[str, Any]:

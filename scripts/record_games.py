@@ -53,10 +53,9 @@ for folder in (HERE, os.path.dirname(HERE)):
 
 from nle import nethack
 
-from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, NetHackGame, UserError
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, QUIT, NetHackGame, UserError
 
 KEYS = [int(action) for action in nethack.ACTIONS]
-QUIT = [KEYS.index(key) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]  # ESC, ESC, #quit, y
 
 
 class Task(NamedTuple):

@@ -25,7 +25,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ import benchmark_standin as standin
 import check_submission
 import numpy as np
 import torch
-from study import cpu_name
+from study import commit_of, cpu_name
 from watch import RGB, monospaced_font
 
 import custom_nethack_pomdp as pomdp
@@ -297,11 +296,8 @@ def measure(submission: Submission, options: argparse.Namespace, data: Data, cod
 
 def provenance() -> Dict[str, Any]:
     """The code and the machine. `modified`: the submission or the scripts differ from the commit; None outside of git."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip() or None
-    differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "custom_nethack_pomdp.py", "scripts"], capture_output=True,
-                             check=False).returncode  # fmt: skip
-    return {"commit": commit, "modified": {0: False, 1: True}.get(differs),
+    commit, modified = commit_of(["custom_nethack_pomdp.py", "scripts"])
+    return {"commit": commit, "modified": modified,
             "hardware": {"cpu": cpu_name(), "cores": pomdp.usable_cores(), "threads": torch.get_num_threads()}}  # fmt: skip
 
 

@@ -43,7 +43,7 @@ import time
 from dataclasses import asdict, dataclass
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -389,6 +389,14 @@ def read_metrics(folder: Path) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def commit_of(paths: Iterable[Union[str, Path]]) -> Tuple[Optional[str], Optional[bool]]:
+    """The repository's commit, and whether the paths differ from it; None outside of git."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *map(str, paths)], capture_output=True).returncode
+    return commit, {0: False, 1: True}.get(differs)
+
+
 def cpu_name() -> Optional[str]:
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -517,10 +525,7 @@ class Code:
         for name, content in contents.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             pomdp.write_atomically(self.folder / name, methodcaller("write", content))
-        git = ["git", "-C", str(ROOT)]
-        self.commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-        differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *map(str, places.values())], capture_output=True).returncode
-        self.modified = {0: False, 1: True}.get(differs)  # None outside of git
+        self.commit, self.modified = commit_of(places.values())
         self.script = self.folder / "scripts" / "study.py"
 
     def submission(self, path: Optional[str]) -> Optional[str]:

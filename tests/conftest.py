@@ -54,3 +54,12 @@ def stores(stores_path):
 def games(stores):
     """All recorded games under one numbering."""
     return pomdp.Games(list(stores.values()))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Layers as small as a test's gain nothing from threads, and lose much where other programs want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -36,13 +36,7 @@ ESC, SEARCH, QUIT = (next(i for i, action in enumerate(nethack.ACTIONS) if actio
 YES = int(pomdp.KEY_TO_ACTION[ord("y")])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers as small as these gain nothing from threads, and lose much where other programs want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ import custom_nethack_pomdp as pomdp
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "watch.py"
 GAMES = ROOT / "tests" / "data" / "nle_data"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MONK = "mon-hum-neu"
 CPU = torch.device("cpu")
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "disabled"}
@@ -37,14 +39,6 @@ def load_script():
 
 
 watch = load_script()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(folder, stores_path, **settings):
