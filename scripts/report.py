@@ -10,6 +10,8 @@ are 95 % percentile bootstrap intervals that draw whole games anew, with replace
 number is for these trained agents, and not what another seed would give; for that the seeds' own means are shown as well. The
 interquartile mean leaves out the lowest and the highest quarter of the games. P(X > Y) is the share of pairs of games, one of
 each arm, in which X scores more (ties count half), averaged over characters. Over characters, scores enter a geometric mean.
+Held-out losses are means over held-out games, each counted once, of the means over seeds; their intervals draw these games anew, the
+same ones for all arms, so that differences are between equal games. The weights were chosen by the loss on the same games.
 """
 
 import argparse
@@ -343,7 +345,53 @@ def character_table(arms: Sequence[Arm], character: str, resamples: int) -> str:
             f"{min(means):.4f} – {max(means):.4f}" if len(means) > 1 else NOTHING,
             f"{np.mean(depths):.2f}" if len(depths) == len(games) else NOTHING, counts,
         ])  # fmt: skip
+    for scores in recorded_scores(arms, character):
+        values = scores / pomdp.AUTOASCEND_MEAN_SCORE[character]
+        drawn = resampled_indices([len(values)], resamples, zlib.crc32(character.encode()))
+        mean, middle = (show(Estimate(float(statistic(values)), *interval(statistic(values[drawn]))))
+                        for statistic in (mean_over_games, interquartile_mean))  # fmt: skip
+        lines.append(["AutoAscend, its recorded games up to the step limit", NOTHING, str(len(scores)), f"{scores.mean():.0f}",
+                      f"{np.median(scores):.0f}", mean, middle, *[NOTHING] * 3])  # fmt: skip
     return table(header, lines)
+
+
+def recorded_scores(arms: Sequence[Arm], character: str) -> List[np.ndarray]:
+    """The points that the recorded games had when an evaluation's step limit was reached; one array for each limit."""
+    found = {tuple(row["recorded_scores"][character]): None for arm in arms for row in arm.rows if row.get("recorded_scores", {}).get(character)}
+    return [np.array(scores) for scores in found]
+
+
+def heldout_losses(arm: Arm, column: str) -> Dict[str, float]:
+    """{held-out game: loss per action, mean over seeds}, of games that all the arm's seeds were scored on."""
+    rows = [{name: metrics["loss_per_action"] for part in row.get("heldout_games", {}).values() for name, metrics in part.items()}
+            for row in trained_on(arm, column)]  # fmt: skip
+    shared = set.intersection(*map(set, rows)) if rows else set()
+    return {name: sum(row[name] for row in rows) / len(rows) for name in sorted(shared)}
+
+
+def estimate_over_heldout(losses: Dict[str, float], resamples: int) -> Estimate:
+    """Mean over games; the same names are drawn for whatever is measured on them."""
+    values = np.array(list(losses.values()))
+    drawn = resampled_indices([len(values)], resamples, zlib.crc32(" ".join(losses).encode()))
+    return Estimate(float(values.mean()), *interval(values[drawn].mean(axis=1)))
+
+
+def heldout_table(arms: Sequence[Arm], column: str, resamples: int) -> str:
+    """Held-out loss with its interval over games, and the difference from `ours` on the same games; empty if no row has it."""
+    header = ["arm", "seeds", "held-out games", "loss per action (nats) [95 %]", "difference from ours [95 %]"]
+    lines = []
+    for arm in arms:
+        losses = heldout_losses(arm, column)
+        if not losses or arm.variant != study.DEFAULT_VARIANT:
+            continue
+        (ours,) = choose_references(arm, arms, ["ours"])
+        theirs = heldout_losses(ours, column) if ours else {}
+        shared = {name: losses[name] - theirs[name] for name in losses if name in theirs}
+        difference = estimate_over_heldout(shared, resamples) if shared else None
+        sure = difference is not None and (difference.low > 0 or difference.high < 0)
+        lines.append([arm.label, str(len(trained_on(arm, column))), str(len(losses)), show(estimate_over_heldout(losses, resamples), 3),
+                      f"**{show(difference, 3)}**" if sure else show(difference, 3)])  # fmt: skip
+    return table(header, lines) if lines else ""
 
 
 def columns_of(arms: Sequence[Arm]) -> List[str]:
@@ -670,6 +718,8 @@ def write_report(rows: Sequence[Dict[str, Any]], out: Path, references: Sequence
     text.extend(["## Learning", "", "Mean over seeds (lowest – highest). Held-out numbers are of the weights that played.", ""])
     for column in columns_of(arms):
         text.extend([f"### Trained on {column}", "", learning_table(arms, column), ""])
+        if by_game := heldout_table(arms, column, resamples):
+            text.extend([by_game, "", "Bold: the interval of the difference leaves out 0.", ""])
     text.extend(embedded([draw_curves(arms, out)]))
     text.extend(["## Settings", "", *settings_text(arms), "", "## Statistics", "", __doc__.split("Statistics. ")[1].strip(), ""])
     report = out / "report.md"

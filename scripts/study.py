@@ -22,8 +22,10 @@ A study's file (scripts/studies/*.yaml):
 
 A row holds: study, algorithm (the arm), variant, seed, characters, settings (a hash of all that shapes the result), config,
 evaluation, commit, modified, script_sha256, command, hardware, versions, rnn_hidden_dim, data, transitions, best_transitions
-(seen by the weights that played), wall_seconds (updates alone), evaluation_seconds, heldout, train_loss (loss per action over the
-last tenth), curve ([transitions, held-out, training loss per action]), and by character scores, depths, turns, lengths, ends.
+(seen by the weights that played), wall_seconds (updates alone), evaluation_seconds, heldout, heldout_games (the same metrics of each
+held-out game by itself), recorded_scores (points of the recorded games after eval_max_steps actions, to compare with), train_loss
+(loss per action over the last tenth), curve ([transitions, held-out, training loss per action]), and by character scores, depths,
+turns, lengths, ends.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -65,6 +68,8 @@ ACTING = ("eval_processes", "eval_max_steps", "eval_clear_state", "eval_precisio
 NOT_SETTINGS = (*NOT_IN_STUDY, "project", "log_every", "checkpoint_every", "data_workers", "device", "eval_workers", "eval_episodes",
                 "submission")  # fmt: skip
 DEFAULT_VARIANT = "default"
+ROWS_A_GAME = 8
+OF_A_GAME = ("loss_per_action", "accuracy", "value_rmse", "effective_sample_size", "frames")  # metrics of single held-out games
 ENDS = ("died", "no progress", "step limit")
 
 
@@ -404,9 +409,10 @@ def cpu_name() -> Optional[str]:
     return None
 
 
-def make_row(study: Study, run: Run, playing: Playing, folder: Path, played: Dict[str, Any], data: Dict[str, Any],
+def make_row(study: Study, run: Run, playing: Playing, trained: Dict[str, Any], played: Dict[str, Any], data: Dict[str, Any],
              code: "Code") -> Dict[str, Any]:  # fmt: skip
-    """The line of the results file for one set of games."""
+    """The line of the results file for one set of games; `trained` and `played` are what train_one and play_one wrote."""
+    folder = Path(trained["folder"])
     described, metrics = pomdp.read_json(folder / "config.json"), read_metrics(folder)
     chosen = next(row for row in metrics if row["step"] == played["step"] and any(name.startswith("heldout/") for name in row))
     # Paths are left out on purpose: DATA_DIR stands for where the data lies.
@@ -425,6 +431,7 @@ def make_row(study: Study, run: Run, playing: Playing, folder: Path, played: Dic
         "transitions": metrics[-1]["transitions"], "best_transitions": chosen["transitions"],
         "wall_seconds": round(seconds_of_updates(metrics), 2), "evaluation_seconds": round(played["seconds"], 2),
         "heldout": {name[len("heldout/"):]: value for name, value in chosen.items() if name.startswith("heldout/")},
+        "heldout_games": trained["heldout_games"], "recorded_scores": trained["recorded_scores"],
         "train_loss": loss_near_end(metrics), "curve": learning_curve(metrics), **by_character,
     }  # fmt: skip
 
@@ -464,8 +471,46 @@ def train_one(file: str) -> None:
     """Trains as the main script does, or goes on with what was begun; writes the run's folder to the task's result."""
     task, config = read_task(file)
     pomdp.keep_freed_memory()
-    folder = finished_folder(config) or pomdp.train(config)
-    pomdp.write_json(Path(task["result"]), {"folder": str(folder), "identity": pomdp.run_identity(config)})
+    folder, identity = finished_folder(config) or pomdp.train(config), pomdp.run_identity(config)
+    games = {character: pomdp.Games([pomdp.open_or_build_store(config.data_path, config.store_path, character)])
+             for character in config.characters}  # fmt: skip
+    result = {"folder": str(folder), "identity": identity,
+              "recorded_scores": {name: recorded_scores(part, config.eval_max_steps) for name, part in games.items()}}  # fmt: skip
+    if (folder / "best.pt").is_file():
+        content = pomdp.read_checkpoint(folder / "best.pt", identity)
+        result["heldout_games"] = {name: score_heldout_games(config, part, content) for name, part in games.items()}
+    pomdp.write_json(Path(task["result"]), result)
+
+
+def recorded_scores(games: pomdp.Games, steps: int) -> List[float]:
+    """Points of each recorded game after so many of its actions."""
+    scores = []
+    for store, number in games.places:
+        at, rewards = store.rewards(number)
+        scores.append(float(rewards[at < steps].sum()))
+    return scores
+
+
+def score_heldout_games(config: TrainConfig, games: pomdp.Games, content: Dict[str, Any]) -> Dict[str, Dict[str, float]]:
+    """{name: held-out metrics} of each held-out game by itself: frames of one game are alike, so intervals must draw whole games.
+
+    Each is scored in ROWS_A_GAME places of it, on an equal share of eval_heldout_frames.
+    """
+    device = pomdp.choose_device(config)
+    precision = pomdp.choose_precision(config, device)
+    algorithm = pomdp.make_algorithm(config, device)
+    algorithm.model.load_state_dict(content["model"])
+    heldout = games.heldout(config.heldout_share)
+    scale = games.reward_scale(np.flatnonzero(~heldout), config.gamma)
+    frames = config.eval_heldout_frames // max(int(heldout.sum()), 1)
+    autocast = functools.partial(torch.autocast, device.type, dtype=precision) if precision else contextlib.nullcontext
+    found = {}
+    for game in np.flatnonzero(heldout):
+        loader = pomdp.ChunkLoader(games, [game], ROWS_A_GAME, config.seq_len, None, scale, config.clip_range,
+                                   gamma_for_returns=config.gamma)  # fmt: skip
+        metrics = pomdp.evaluate_heldout(algorithm, loader, frames, device, autocast, lambda part: [part])
+        found[games.names[game]] = {name: round(metrics[name], 6) for name in OF_A_GAME if name in metrics}
+    return found
 
 
 def play_one(file: str) -> None:
@@ -730,7 +775,7 @@ def do_run(item: Todo, study: Study, described: Dict[Tuple[str, float], Dict[str
                 "identity": trained["identity"], "result": result}  # fmt: skip
         played = processes.run("--play-one", task, task_file, log)
         pace.games.append((playing.games * len(config.characters), played["seconds"]))
-        row = make_row(study, run, playing, folder, played, data, code)
+        row = make_row(study, run, playing, trained, played, data, code)
         append_row(args.out, row)
         yield playing, row
     if not args.keep:

@@ -197,6 +197,37 @@ def test_missing_numbers_are_left_out_and_not_taken_for_zero():
     assert report.over_seeds(rows, lambda one: one["heldout"].get("entropy")) is None
 
 
+def by_game(*losses):
+    return {"heldout_games": {MONK: {f"game {place}": {"loss_per_action": loss} for place, loss in enumerate(losses)}}}
+
+
+def test_held_out_losses_are_compared_on_equal_games():
+    """Games differ far more than arms: the difference is sure although the intervals of the two losses overlap."""
+    hard = np.linspace(0.5, 3.0, 9)
+    rows = [row(**by_game(*hard)), row(seed=2, **by_game(*(hard + 0.02))), row("bc", **by_game(*(hard + 0.1))), row("cql")]
+    arms = report.collect(rows)[0]
+    assert list(report.heldout_losses(arms[0], MONK).values()) == pytest.approx(hard + 0.01)  # of both seeds
+    lines = report.heldout_table(arms, MONK, 400).splitlines()[2:]
+    ours, bc = ([cell.strip() for cell in line.strip("| ").split("|")] for line in lines)  # cql has none
+    assert ours[:3] == ["ours", "2", "9"] and ours[3].startswith("1.760 [") and ours[4] == report.NOTHING
+    assert bc[:3] == ["bc", "1", "9"] and bc[3].startswith("1.850 [") and bc[4] == "**0.090 [0.090, 0.090]**"
+    low, high = (float(end) for end in ours[3][7:-1].split(","))
+    assert low < 1.4 and high > 2.1  # drawn by games: nine of them say little
+
+
+def test_no_table_of_held_out_games_without_them(made):
+    assert report.heldout_table(report.collect(made_rows())[0], MONK, 100) == "" and "held-out games |" not in made[1]
+
+
+def test_recorded_games_stand_beside_the_arms():
+    recorded = {MONK: [0.0, 100.0, 200.0, 20.0]}
+    arms = report.collect([row(recorded_scores=recorded), row("bc", recorded_scores=recorded), row("cql")])[0]
+    lines = report.character_table(arms, MONK, 200).splitlines()
+    assert len(lines) == 2 + 3 + 1  # once for all arms
+    cells = [cell.strip() for cell in lines[-1].strip("| ").split("|")]
+    assert cells[0].startswith("AutoAscend") and cells[2:5] == ["4", "80", "60"] and cells[5].startswith(f"{80 / 17456.05:.4f} [")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ----------------------------------------------------------------------------------------------------------------------

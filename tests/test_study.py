@@ -1,5 +1,6 @@
 """Studies: what a file may say, what is still to do, and whole studies on the recorded games, cut off and gone on with."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ GAMES = ROOT / "tests" / "data" / "nle_data"
 STUDIES = ROOT / "scripts" / "studies"
 MONK, VALKYRIE = "mon-hum-neu", "val-hum-neu"
 KEYS = {"algorithm", "variant", "seed", "commit", "command", "hardware", "data", "transitions", "wall_seconds", "heldout", "train_loss",
-        "curve", "scores", "ends", "evaluation", "settings", "config", "rnn_hidden_dim", "depths"}  # fmt: skip
+        "heldout_games", "recorded_scores", "curve", "scores", "ends", "evaluation", "settings", "config", "rnn_hidden_dim", "depths"}  # fmt: skip
 
 
 def command(file, folder, stores_path, *more):
@@ -130,6 +131,45 @@ def test_rows_hold_the_runs_own_numbers(tiny):
     assert row["best_transitions"] == best["transitions"]
     assert row["heldout"] == {name[len("heldout/"):]: value for name, value in best.items() if name.startswith("heldout/")}
     assert {"loss_per_action", "accuracy", "value_rmse", "explained_variance", "effective_sample_size"} <= row["heldout"].keys()
+
+
+def test_rows_hold_each_held_out_game_by_itself(tiny, stores):
+    games = pomdp.Games([stores[MONK]])
+    heldout = {name for name, chosen in zip(games.names, games.heldout(0.1)) if chosen}
+    for row in tiny["rows"]:
+        found = row["heldout_games"][MONK]
+        assert set(found) == heldout and all(0 < one["loss_per_action"] < 8 and one["frames"] > 0 for one in found.values())
+    by_name = {name_of(row): row["heldout_games"] for row in tiny["rows"]}
+    assert by_name["ours", "default", 1] == by_name["ours", "argmax", 1] != by_name["ours", "default", 2]
+
+
+def test_games_one_by_one_are_all_games_together(stores, monkeypatch):
+    """Ours clears its state at each game's beginning, so a row that plays all games scores each as if it were alone."""
+    values = dict(heldout_share=0.5, eval_heldout_frames=10**6, seq_len=32, character=MONK)
+    config = study.make_config(values, 32, "test")
+    games = pomdp.Games(list(stores.values()))
+    chosen = np.flatnonzero(games.heldout(0.5))
+    algorithm = pomdp.make_algorithm(config, torch.device("cpu"))
+    monkeypatch.setattr(study, "ROWS_A_GAME", 1)
+    found = study.score_heldout_games(config, games, {"model": algorithm.model.state_dict()})
+    assert set(found) == {games.names[game] for game in chosen} and len(found) > 1
+    loader = pomdp.ChunkLoader(games, chosen, 1, 32, None, 1.0, config.clip_range)
+    together = pomdp.evaluate_heldout(algorithm, loader, 10**6, torch.device("cpu"), contextlib.nullcontext, lambda part: [part])
+    for name in ("loss_per_action", "accuracy"):
+        mean = sum(one[name] * one["frames"] for one in found.values()) / sum(one["frames"] for one in found.values())
+        assert mean == pytest.approx(together[name], abs=2e-6)
+    assert len({one["loss_per_action"] for one in found.values()}) == len(found)
+
+
+def test_points_of_recorded_games_at_the_step_limit(tiny, stores):
+    """As the recordings themselves have them."""
+    expected = []
+    for source in pomdp.find_games(str(GAMES), MONK).games:
+        scores = np.concatenate([piece.scores for piece in pomdp.frames_of_play(pomdp.read_ttyrec(source.path))])
+        expected.append(float(scores[min(30, len(scores) - 1)] - scores[0]))
+    assert tiny["rows"][0]["recorded_scores"] == {MONK: expected}
+    whole = study.recorded_scores(pomdp.Games([stores[MONK]]), 10**9)
+    assert max(whole) > 100 and all(late >= early for late, early in zip(whole, expected))
 
 
 def test_games_are_played_with_the_best_weights(tiny):
