@@ -1640,9 +1640,11 @@ class AWRConfig:
     scale_rate: float = 0.01  # rate at which the advantages' running mean square is updated (MARWIL, 2018, equation 4)
     value_coef: float = 0.5  # weight of the value loss against the policy loss
     temperature: float = 1.0  # softmax temperature of the actions drawn when acting
+    clear_state: int = 1  # 1: when acting, the state is cleared where the screen greets a new player (the loop around may not); 0: not
 
 
-MAY_BE_ZERO, AT_MOST_ONE = ("burn_in", "lam", "value_coef"), ("lam", "scale_rate")
+MAY_BE_ZERO, AT_MOST_ONE = ("burn_in", "lam", "value_coef", "clear_state"), ("lam", "scale_rate", "clear_state")
+GREETING = np.frombuffer(b"welcome to NetHack", dtype=np.uint8)  # whatever the role; a restored game has "welcome back"
 NOT_OBSERVATIONS = ("actions", "rewards", "dones", "mask", "starts", "returns", "prev_actions")
 
 
@@ -1678,16 +1680,24 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1.0)
 
 
+def games_begin(tty_chars: np.ndarray) -> np.ndarray:
+    """[N, 24, 80] -> bool [N]: whether the top line greets a new player, as it does on the first frame of 97 % of recorded games
+    (on the others something picked up or lying there is shown at once)."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tty_chars)[:, 0], len(GREETING), axis=1)  # [N, 63, 18]
+    return (windows == GREETING).all(axis=2).any(axis=1)
+
+
 class Model(nn.Module):
     """Policy and value on the recurrent backbone: a dueling head (arXiv 1511.06581) of two streams on one projection."""
 
-    def __init__(self, backbone: Any, head_dim: int = AWRConfig.head_dim, temperature: float = AWRConfig.temperature) -> None:
+    def __init__(self, backbone: Any, head_dim: int = AWRConfig.head_dim, temperature: float = AWRConfig.temperature,
+                 clear_state: bool = True) -> None:  # fmt: skip
         super().__init__()
         self.backbone = backbone
         self.shared = nn.Sequential(nn.Linear(backbone.rnn_hidden_dim, head_dim), nn.ReLU())
         self.policy = nn.Linear(head_dim, backbone.num_actions)
         self.value = nn.Linear(head_dim, 1)
-        self.temperature = temperature
+        self.temperature, self.clear_state = temperature, clear_state
 
     def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """[B, T, H] -> logits [B, T, A] and values [B, T], both float32 also under autocast.
@@ -1712,6 +1722,11 @@ class Model(nn.Module):
         """
         inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
         inputs["prev_actions"] = inputs["prev_actions"].long()
+        begun = games_begin(obs["tty_chars"])
+        if self.clear_state and begun.any():  # the benchmark hands on the state of the slot's game before
+            begun = torch.as_tensor(begun, device=device)
+            inputs["prev_actions"] = inputs["prev_actions"].masked_fill(begun[:, None], getattr(self.backbone, "no_action", 0))
+            state = None if state is None else tuple(part * (~begun).to(part.dtype)[None, :, None] for part in state)
         logits, _, state = self(inputs, state)
         actions = Categorical(logits=logits[:, -1] / self.temperature).sample()
         return actions.cpu().numpy(), state
@@ -1729,7 +1744,7 @@ class OfflineAlgorithm:
     def __init__(self, backbone: nn.Module, config: Any, device: str) -> None:
         self.hyper = awr_config(getattr(config, "algorithm", {}))
         self.gamma, self.device = config.gamma, device
-        self.model = Model(backbone, self.hyper.head_dim, self.hyper.temperature).to(device)
+        self.model = Model(backbone, self.hyper.head_dim, self.hyper.temperature, bool(self.hyper.clear_state)).to(device)
         self.no_action = getattr(backbone, "no_action", 0)  # the benchmark's backbone has no index for it
         self.advantage_square = torch.zeros((), device=device)  # running mean of the squared advantage; 0: none seen yet
         self.info_as_tensors = False  # a loop may set it, to read `info` without waiting for the GPU at every step
