@@ -1622,6 +1622,7 @@ class ModelBackbone(nn.Module):
 # ======================================================================================================================
 # Recurrent advantage-weighted regression with burn-in. The benchmark takes this block alone and runs it inside its own
 # file, so it names nothing from outside but torch, nn, F, np, Categorical, deepcopy and ModelBackbone.
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -1640,11 +1641,10 @@ class AWRConfig:
     scale_rate: float = 0.01  # rate at which the advantages' running mean square is updated (MARWIL, 2018, equation 4)
     value_coef: float = 0.5  # weight of the value loss against the policy loss
     temperature: float = 1.0  # softmax temperature of the actions drawn when acting
-    clear_state: int = 1  # 1: when acting, the state is cleared where the screen greets a new player (the loop around may not); 0: not
+    clear_state: int = 1  # 1: when acting, clear the state where the screen's turn counter falls back to 1; 0: leave it to the loop
 
 
 MAY_BE_ZERO, AT_MOST_ONE = ("burn_in", "lam", "value_coef", "clear_state"), ("lam", "scale_rate", "clear_state")
-GREETING = np.frombuffer(b"welcome to NetHack", dtype=np.uint8)  # whatever the role; a restored game has "welcome back"
 NOT_OBSERVATIONS = ("actions", "rewards", "dones", "mask", "starts", "returns", "prev_actions")
 
 
@@ -1680,11 +1680,10 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-def games_begin(tty_chars: np.ndarray) -> np.ndarray:
-    """[N, 24, 80] -> bool [N]: whether the top line greets a new player, as it does on the first frame of 97 % of recorded games
-    (on the others something picked up or lying there is shown at once)."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tty_chars)[:, 0], len(GREETING), axis=1)  # [N, 63, 18]
-    return (windows == GREETING).all(axis=2).any(axis=1)
+def turns_shown(tty_chars: np.ndarray) -> np.ndarray:
+    """[N, 24, 80] -> [N] float32: the turn counter on the bottom line, 0 where none is shown."""
+    found = [re.search(rb"T:(\d{1,9})", np.asarray(row, dtype=np.uint8).tobytes()) for row in tty_chars[:, -1]]
+    return np.array([int(match.group(1)) if match else 0 for match in found], dtype=np.float32)
 
 
 class Model(nn.Module):
@@ -1716,20 +1715,24 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
-        """Draws an action for each of N games. obs: arrays [N, ...], prev_actions [N] among them. -> [N] int64, new state.
+        """Draws an action for each of N games. obs: arrays [N, ...], prev_actions [N] among them. -> [N] int64, new state: (h, c) and
+        the turn counters last seen [1, N, 1], to notice that a slot's next game has begun.
 
         Actions are drawn, not taken by argmax: greedy imitation of AutoAscend repeats itself without end (README).
         """
         inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
         inputs["prev_actions"] = inputs["prev_actions"].long()
-        begun = games_begin(obs["tty_chars"])
-        if self.clear_state and begun.any():  # the benchmark hands on the state of the slot's game before
-            begun = torch.as_tensor(begun, device=device)
-            inputs["prev_actions"] = inputs["prev_actions"].masked_fill(begun[:, None], getattr(self.backbone, "no_action", 0))
-            state = None if state is None else tuple(part * (~begun).to(part.dtype)[None, :, None] for part in state)
+        turns = torch.as_tensor(turns_shown(obs["tty_chars"]), device=device)[None, :, None]
+        if state is not None:
+            *state, turns_before = state
+            begun = (turns == 1) & (turns_before > 1) & self.clear_state  # the benchmark hands on the state of the slot's game before
+            turns = torch.where(turns > 0, turns, turns_before)
+            no_action = getattr(self.backbone, "no_action", 0)
+            inputs["prev_actions"] = inputs["prev_actions"].masked_fill(begun[0], no_action)
+            state = tuple(part.masked_fill(begun, 0.0) for part in state)
         logits, _, state = self(inputs, state)
         actions = Categorical(logits=logits[:, -1] / self.temperature).sample()
-        return actions.cpu().numpy(), state
+        return actions.cpu().numpy(), (*state, turns)
 
 
 class OfflineAlgorithm:
