@@ -428,6 +428,45 @@ def test_acting_draws_from_the_policy():
     assert state[0].shape == (2, 400, HIDDEN)
 
 
+def screens(*lines):
+    """Terminals [N, 24, 80] with these bottom lines."""
+    chars = np.full((len(lines), 24, 80), ord(" "), dtype=np.uint8)
+    for row, line in zip(chars, lines):
+        row[23, : len(line)] = list(line.encode())
+    return chars
+
+
+def test_the_turn_counter_is_read_off_the_bottom_line():
+    shown = screens("Dlvl:1 $:0 HP:14(14) Pw:5(5) AC:4 Xp:1/0 T:1", "Dlvl:12 $:0 HP:1(99) Pw:5(5) AC:4 Xp:10/9000 T:54321 Blind", "(end)", "T:")
+    assert pomdp.turns_shown(shown).tolist() == [1, 54321, 0, 0] and pomdp.turns_shown(shown).dtype == np.float32
+    assert pomdp.turns_shown(shown.astype(np.float32)).tolist() == [1, 54321, 0, 0]  # the benchmark may hand floats
+
+
+@pytest.mark.parametrize("clear_state", [True, False])
+def test_acting_begins_anew_where_the_turns_fall_back_to_one(clear_state):
+    """Slots: goes on; begins a new game; stays in turn 1; begins anew after a menu that hides the turns; shows a menu."""
+    model = Model(small_backbone(), head_dim=24, clear_state=clear_state).eval()
+    obs = {name: value[:, 0].numpy() for name, value in random_observations(5, 1).items()}
+    previous = np.full(5, 3)
+
+    def act(lines, state):
+        torch.manual_seed(0)
+        seen = {**obs, "tty_chars": screens(*lines), "prev_actions": previous}
+        return seen, model.vec_act(seen, state)[1]
+
+    _, state = act(["T:7", "T:9", "T:1", "T:30", "T:2"], None)
+    _, state = act(["T:8", "T:9", "T:1", "a menu", "a menu"], state)
+    assert state[2].flatten().tolist() == [8, 9, 1, 30, 2] and state[2].shape == (1, 5, 1)
+    seen, after = act(["T:8", "T:1", "T:1", "T:1", "a menu"], state)
+    begun = torch.tensor([False, True, False, True, False]) & clear_state
+    seen["prev_actions"] = np.where(begun.numpy(), pomdp.NO_ACTION, 3)
+    kept = tuple(part * (~begun)[None, :, None] for part in state)
+    expected = Model(small_backbone(), head_dim=24, clear_state=False).eval()
+    expected.load_state_dict(model.state_dict())
+    for found, wanted in zip(after[:2], expected.vec_act(seen, kept)[1][:2]):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_head_passes_the_stricter_budget():
     with torch.device("meta"):
         model = Model(ModelBackbone(pomdp.NUM_ACTIONS, 2048, 2, 0.0, True))

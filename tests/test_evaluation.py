@@ -267,6 +267,38 @@ def test_state_and_previous_action_are_cleared_at_each_new_game_and_only_there(s
                     assert torch.equal(part[:, slot], returned[:, slot]), (slot, tick)
 
 
+class Quitting(pomdp.Model):
+    """Ours, but slot r quits its game every 20 + r ticks."""
+
+    def __init__(self, clear_state):
+        torch.manual_seed(3)
+        super().__init__(pomdp.ModelBackbone(pomdp.NUM_ACTIONS, 32, 2), head_dim=24, clear_state=clear_state)
+        with torch.no_grad():  # decided enough for states to matter
+            self.policy.weight.mul_(60)
+        self.ticks, self.states = 0, []
+
+    def vec_act(self, obs, state=None, device="cpu"):
+        actions, state = super().vec_act(obs, state, device)
+        self.states.append(torch.cat([part[:, :SLOTS].flatten() for part in state[:2]]))
+        every = 20 + np.arange(len(actions))
+        actions = np.where(self.ticks % every == every - 2, QUIT, np.where(self.ticks % every == every - 1, YES, actions))
+        actions[: SLOTS][self.ticks % every[:SLOTS] < 8] = SEARCH  # some turns go by in every game
+        self.ticks += 1
+        return actions, state
+
+
+def test_our_model_notices_new_games_by_itself(pools):
+    """In a loop that clears nothing, as the benchmark's, it plays as in one that does; without looking at the turns it does not."""
+    played = {}
+    for name, loop_clears, model_clears in (("loop", True, False), ("model", False, True), ("neither", False, False)):
+        model = Quitting(model_clears)
+        results = play_games(pools[1], model, "mon-hum-neu", 9, 50, 60, CPU, clear_state=loop_clears)
+        played[name] = results, torch.stack(model.states)
+    assert len(played["loop"][0]) == 9 and played["loop"][0] == played["model"][0]
+    assert torch.equal(played["loop"][1], played["model"][1])
+    assert played["neither"][1].shape != played["loop"][1].shape or not torch.equal(played["neither"][1], played["loop"][1])
+
+
 def test_states_run_on_when_they_are_not_to_be_cleared(pools):
     """eval_clear_state: false, as in Katakomba's loop: only the first game of a slot begins with nothing."""
     model = Scripted()
