@@ -2,12 +2,13 @@
 
     python scripts/standin_study.py --data_path DATA_DIR
     python scripts/standin_study.py --data_path DATA_DIR --submissions ours,scripts/references/bc.py --steps 300 --out rows.jsonl
+    python scripts/standin_study.py --data_path DATA_DIR --games 50                       # and play, as the benchmark does
 
 `benchmark_standin.py` has the benchmark's backbone, loop and batches, but made-up games. Here the batches are made of recorded games as
 Katakomba makes them: each row plays games one after another without padding, so a game may end inside a chunk; consecutive batches overlap
 by one step; and the backbone sees an 18 x 18 crop round the cursor drawn as a picture. Every submission is trained for the same number of
-steps, from the same seed and on the same batches; then its own train_step runs without gradient over games that none was trained on.
-A small LSTM and few steps, to run on a CPU: this compares how blocks start to learn in the benchmark's setting, not how well they play.
+steps, from the same seed and on the same batches; then its own train_step runs without gradient over games that none was trained on,
+and it plays `--games` games in 14 slots whose states and previous actions are never cleared. A small LSTM and few steps, to run on a CPU: this compares how blocks start to learn in the benchmark's setting, not how well they play.
 
 Two differences to the benchmark, both for the sake of a short run: a row's first game begins at a frame drawn by chance instead of at its
 start (else nobody would see anything but first levels, and hardly a game's end), and training is in float32.
@@ -15,7 +16,8 @@ start (else nobody would see anything but first levels, and hardly a game's end)
 One JSON row for each submission goes to --out as soon as it is made: algorithm, block_sha256, character, steps, transitions, batch_size,
 seq_len, rnn_hidden_dim, rnn_layers, learning_rate, seed, game_ends, train_loss (nats per action, mean of the last tenth of the steps),
 heldout (loss_per_action, accuracy, frequencies: the loss of always giving each action its share of the training batches, transitions,
-games, game_ends), curve, wall_seconds, commit, modified, hardware. Exit code 2 and one line on standard error for a mistake in what
+games, game_ends), curve, wall_seconds, played (scores, depths, turns, lengths, ends, eval_max_steps, seconds; None without games),
+commit, modified, hardware. Exit code 2 and one line on standard error for a mistake in what
 was asked.
 
 Axes: B batch (rows), T time (seq_len), N frames. Batches hold T + 1 steps.
@@ -37,7 +39,7 @@ import benchmark_standin as standin
 import check_submission
 import numpy as np
 import torch
-from study import commit_of, cpu_name
+from study import ENDS, commit_of, cpu_name
 from watch import RGB, monospaced_font
 
 import custom_nethack_pomdp as pomdp
@@ -47,6 +49,7 @@ CROP, PIXELS = 18, 6  # cells of the picture in each direction, pixels of a cell
 LEFT = CROP // 2      # the cursor's cell is the picture's row and column 9, from 0
 OUTSIDE = 0           # the character beyond the screen's edge: drawn black, as every character below 32
 SCORED = ("loss_per_action", "accuracy")  # what every block's info must hold
+SLOTS = 14            # of the benchmark's evaluation
 HELDOUT_SEED = 10_000  # other places of the held-out games than any small --seed draws
 
 Arrays = Dict[str, np.ndarray]
@@ -211,6 +214,37 @@ def score_heldout(algo: Any, config: standin.TrainConfig, batches: Iterator[Arra
     return sums
 
 
+class InBenchmark:
+    """A model as `pomdp.play_games` wants it, given what the benchmark gives: a picture, no blstats, 0 as the first previous action."""
+
+    def __init__(self, model: Any, table: np.ndarray) -> None:
+        self.model, self.table = model, table
+        self.training, self.eval, self.train = model.training, model.eval, model.train
+
+    def vec_act(self, obs: Arrays, state: Any = None, device: str = "cpu") -> Any:
+        terminal = [obs[name] for name in ("tty_chars", "tty_colors", "tty_cursor")]
+        previous = np.where(obs["prev_actions"] == pomdp.NO_ACTION, 0, obs["prev_actions"])
+        given = {"tty_chars": terminal[0], "tty_colors": terminal[1], "tty_cursor": terminal[2], "prev_actions": previous}
+        return self.model.vec_act({**given, "screen_image": render(self.table, *terminal)}, state, device=device)
+
+
+def play(model: Any, options: argparse.Namespace, table: np.ndarray) -> Optional[Dict[str, Any]]:
+    """Games in SLOTS slots, nothing cleared between them."""
+    if not options.games:
+        return None
+    began = time.monotonic()
+    pool = pomdp.GamePool(SLOTS)
+    try:
+        results = pomdp.play_games(pool, InBenchmark(model, table), options.character, options.games, pomdp.TrainConfig().eval_seed,
+                                   options.eval_max_steps, torch.device("cpu"), clear_state=False)  # fmt: skip
+    finally:
+        pool.close()
+    return {"scores": [result.score for result in results], "depths": [result.depth for result in results],
+            "turns": [result.turns for result in results], "lengths": [result.length for result in results],
+            "ends": {end: sum(result.end == end for result in results) for end in ENDS}, "eval_max_steps": options.eval_max_steps,
+            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+
+
 class Submission(NamedTuple):
     name: str
     block: check_submission.Block
@@ -251,7 +285,7 @@ def open_games(options: argparse.Namespace) -> Data:
     games = pomdp.Games([store])
     if len(store) < 2:
         raise UserError(f"{options.character}: one game is not enough, as one must be held out")
-    heldout = games.heldout(pomdp.TrainConfig().heldout_share)
+    heldout = games.heldout(options.heldout_share)
     return Data(games, np.flatnonzero(~heldout), np.flatnonzero(heldout), draw_glyphs())
 
 
@@ -291,7 +325,7 @@ def measure(submission: Submission, options: argparse.Namespace, data: Data, cod
             "batch_size": options.batch_size, "seq_len": options.seq_len, "rnn_hidden_dim": config.rnn_hidden_dim,
             "rnn_layers": config.rnn_layers, "learning_rate": options.learning_rate, "seed": options.seed, "game_ends": seen.game_ends,
             "train_loss": sum(last) / len(last), "heldout": heldout, "curve": [round(float(part.mean()), 4) for part in tenths],
-            "wall_seconds": round(time.monotonic() - began, 1), **code}  # fmt: skip
+            "wall_seconds": round(time.monotonic() - began, 1), "played": play(algo.model, options, data.table), **code}  # fmt: skip
 
 
 def provenance() -> Dict[str, Any]:
@@ -312,10 +346,11 @@ def append(path: str, row: Dict[str, Any]) -> None:
 # The command
 # ----------------------------------------------------------------------------------------------------------------------
 def show(rows: List[Dict[str, Any]]) -> None:
-    print(f"{'algorithm':<12} {'transitions':>11} {'train loss':>10} {'held-out loss':>13} {'accuracy':>8} {'seconds':>8}")
+    print(f"{'algorithm':<12} {'transitions':>11} {'train loss':>10} {'held-out loss':>13} {'accuracy':>8} {'seconds':>8} {'mean score':>10}")
     for row in rows:
+        mean = f"{np.mean(row['played']['scores']):.1f}" if row["played"] else "-"
         print(f"{row['algorithm']:<12} {row['transitions']:>11,} {row['train_loss']:>10.3f} {row['heldout']['loss_per_action']:>13.3f} "
-              f"{row['heldout']['accuracy']:>8.1%} {row['wall_seconds']:>8.0f}")
+              f"{row['heldout']['accuracy']:>8.1%} {row['wall_seconds']:>8.0f} {mean:>10}")
     first = rows[0]
     print(f"{'frequencies':<12} {first['transitions']:>11,} {'':>10} {first['heldout']['frequencies']:>13.3f}")
     print(f"nats per action; {first['game_ends']} games ended inside the training batches, {first['heldout']['game_ends']} inside the "
@@ -323,9 +358,13 @@ def show(rows: List[Dict[str, Any]]) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    for name in ("steps", "batch_size", "seq_len", "rnn_hidden_dim", "heldout_steps"):
+    for name in ("steps", "batch_size", "seq_len", "rnn_hidden_dim", "heldout_steps", "eval_max_steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if options.games < 0:
+        raise UserError(f"--games must be at least 0, not {options.games}")
+    if not 0 < options.heldout_share < 1:
+        raise UserError(f"--heldout_share must be between 0 and 1, not {options.heldout_share}")
     if not 0 < options.learning_rate < math.inf:
         raise UserError(f"--learning_rate must be above 0, not {options.learning_rate}")
     if not 0 <= options.seed < 2**32:
@@ -344,6 +383,9 @@ def main(argv: Optional[List[str]] = None) -> int:
                         help="files with a block, by commas; ours is custom_nethack_pomdp.py")
     parser.add_argument("--steps", type=int, default=100, help="gradient steps of each")
     parser.add_argument("--heldout_steps", type=int, default=32, help="batches of held-out games")
+    parser.add_argument("--heldout_share", type=float, default=pomdp.TrainConfig().heldout_share, help="share of the games held out")
+    parser.add_argument("--games", type=int, default=0, help="games played by each after training")
+    parser.add_argument("--eval_max_steps", type=int, default=1000, help="a game is cut after so many actions")
     parser.add_argument("--batch_size", type=int, default=32, help="the benchmark has 64")
     parser.add_argument("--seq_len", type=int, default=16)
     parser.add_argument("--rnn_hidden_dim", type=int, default=512, help="the benchmark has 2048")

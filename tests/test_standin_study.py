@@ -19,6 +19,7 @@ pytestmark = pytest.mark.pinned_stack
 GAMES = ROOT / "tests" / "data" / "nle_data"
 REFERENCES = ROOT / "scripts" / "references"
 MONK = "mon-hum-neu"
+SEARCH = int(pomdp.KEY_TO_ACTION[ord("s")])
 NAMES = ("tty_chars", "tty_colors", "tty_cursor", "actions", "rewards")
 SMALL = ("--steps", "3", "--heldout_steps", "2", "--batch_size", "4", "--seq_len", "8", "--rnn_hidden_dim", "32")
 
@@ -196,6 +197,36 @@ def test_loss_of_frequencies():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Games
+# ----------------------------------------------------------------------------------------------------------------------
+class Recorder(torch.nn.Module):
+    """Searches, and keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.states = [], []
+
+    def vec_act(self, obs, state=None, device="cpu"):
+        self.seen.append({name: np.array(array) for name, array in obs.items()})
+        self.states.append(state)
+        return np.full(len(obs["prev_actions"]), SEARCH), len(self.seen)
+
+
+def test_blocks_play_with_what_the_benchmark_gives(table):
+    model = Recorder()
+    options = study.argparse.Namespace(games=16, eval_max_steps=5, character=MONK)  # in two slots a second game begins
+    played = study.play(model, options, table)
+    assert len(played["scores"]) == 16 and set(played["lengths"]) == {5} and played["ends"]["step limit"] == 16
+    assert model.states == [None, *range(1, 10)]  # handed on as it was, over the games' ends too
+    assert (model.seen[0]["prev_actions"] == 0).all() and (model.seen[6]["prev_actions"][:2] == SEARCH).all()
+    for obs in model.seen:
+        assert set(obs) == {"tty_chars", "tty_colors", "tty_cursor", "screen_image", "prev_actions"}
+        terminal = [obs[name] for name in ("tty_chars", "tty_colors", "tty_cursor")]
+        np.testing.assert_array_equal(obs["screen_image"], study.render(table, *terminal))
+    assert study.play(model, study.argparse.Namespace(games=0), table) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------------------
 def arguments(stores_path, *more):
@@ -205,7 +236,8 @@ def arguments(stores_path, *more):
 def test_the_command_trains_all_three_and_writes_their_rows(stores, stores_path, tmp_path):
     out = tmp_path / "rows.jsonl"
     out.write_text('{"kept": true}\n', encoding="utf-8")
-    command = [sys.executable, str(ROOT / "scripts" / "standin_study.py"), *arguments(stores_path, "--out", str(out))]
+    more = ("--out", str(out), "--games", "2", "--eval_max_steps", "12", "--heldout_share", "0.4")
+    command = [sys.executable, str(ROOT / "scripts" / "standin_study.py"), *arguments(stores_path, *more)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     kept, *rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -216,6 +248,7 @@ def test_the_command_trains_all_three_and_writes_their_rows(stores, stores_path,
         # Hardly trained: near log(121) = 4.80, and nothing but the games' actions decides the frequencies' loss.
         assert 4.5 < row["heldout"]["loss_per_action"] < 5.0 and 0 <= row["heldout"]["accuracy"] <= 1
         assert row["heldout"]["frequencies"] == rows[0]["heldout"]["frequencies"] < 4.8
+        assert len(row["played"]["scores"]) == 2 == sum(row["played"]["ends"].values()) and row["played"]["lengths"] == [12, 12]
         assert row["hardware"]["threads"] >= 1 and len(row["block_sha256"]) == 64
         assert f"{row['algorithm']:<12} {96:>11} {row['train_loss']:>10.3f} {row['heldout']['loss_per_action']:>13.3f}" in done.stdout
     assert len({row["block_sha256"] for row in rows}) == 3
@@ -242,6 +275,8 @@ SILENT = BARE + ("        self.model = backbone\n    def parameters(self):\n    
     (["--steps", "0"], "--steps must be at least 1, not 0"),
     (["--learning_rate", "nan"], "--learning_rate must be above 0, not nan"),
     (["--seed", "-1"], "--seed must be"),
+    (["--games", "-1"], "--games must be at least 0, not -1"),
+    (["--heldout_share", "1"], "--heldout_share must be between 0 and 1, not 1.0"),
     (["--submissions", "ours,nowhere.py"], "cannot read nowhere.py"),
     (["--submissions", "ours,ours"], "--submissions names ours twice"),
     (["--submissions", "{folder}/broken.py"], "broken.py does not load: ZeroDivisionError"),
