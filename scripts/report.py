@@ -297,6 +297,11 @@ def show(value: Optional[Estimate], digits: int = 4) -> str:
     return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
+def points(value: Estimate, autoascend: float) -> str:
+    """A normalized mean and its interval in points of the game."""
+    return show(Estimate(*(part * autoascend for part in value)), 0 if value.value * autoascend >= 100 else 1)
+
+
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     rule = [":---"] + ["---:"] * (len(header) - 1)
@@ -328,30 +333,31 @@ def summary_table(arms: Sequence[Arm], characters: Sequence[str], references: Se
 
 
 def character_table(arms: Sequence[Arm], character: str, resamples: int) -> str:
-    header = ["arm", "seeds", "games", "mean score", "median", "normalized mean [95 %]", "interquartile mean [95 %]", "means of the seeds",
-              "mean depth", "died / no progress / step limit"]  # fmt: skip
+    header = ["arm", "seeds", "games", "mean score [95 %]", "median", "normalized mean [95 %]", "interquartile mean [95 %]",
+              "means of the seeds", "mean depth", "died / no progress / step limit"]  # fmt: skip
+    autoascend = pomdp.AUTOASCEND_MEAN_SCORE[character]
     lines = []
     for arm in arms:
         rows, games = arm.rows_of(character), arm.games(character)
         if not rows:
             continue
-        means = [np.mean(row["scores"][character]) / pomdp.AUTOASCEND_MEAN_SCORE[character] for row in rows]
+        means = [np.mean(row["scores"][character]) / autoascend for row in rows]
+        mean = estimate(arm, character, mean_over_games, resamples)
         depths = [depth for row in rows for depth in row.get("depths", {}).get(character, [])]
         ends = [row["ends"][character] for row in rows if character in row.get("ends", {})]
         counts = " / ".join(str(sum(end[name] for end in ends)) for name in study.ENDS) if len(ends) == len(rows) else NOTHING
         lines.append([
-            arm.label, str(len(rows)), str(len(games)), f"{games.mean():.0f}", f"{np.median(games):.0f}",
-            show(estimate(arm, character, mean_over_games, resamples)), show(estimate(arm, character, interquartile_mean, resamples)),
+            arm.label, str(len(rows)), str(len(games)), points(mean, autoascend), f"{np.median(games):.0f}", show(mean), show(estimate(arm, character, interquartile_mean, resamples)),
             f"{min(means):.4f} – {max(means):.4f}" if len(means) > 1 else NOTHING,
             f"{np.mean(depths):.2f}" if len(depths) == len(games) else NOTHING, counts,
         ])  # fmt: skip
     for scores in recorded_scores(arms, character):
-        values = scores / pomdp.AUTOASCEND_MEAN_SCORE[character]
+        values = scores / autoascend
         drawn = resampled_indices([len(values)], resamples, zlib.crc32(character.encode()))
-        mean, middle = (show(Estimate(float(statistic(values)), *interval(statistic(values[drawn]))))
+        mean, middle = (Estimate(float(statistic(values)), *interval(statistic(values[drawn])))
                         for statistic in (mean_over_games, interquartile_mean))  # fmt: skip
-        lines.append(["AutoAscend, its recorded games up to the step limit", NOTHING, str(len(scores)), f"{scores.mean():.0f}",
-                      f"{np.median(scores):.0f}", mean, middle, *[NOTHING] * 3])  # fmt: skip
+        lines.append(["AutoAscend, its recorded games up to the step limit", NOTHING, str(len(scores)), points(mean, autoascend),
+                      f"{np.median(scores):.0f}", show(mean), show(middle), *[NOTHING] * 3])  # fmt: skip
     return table(header, lines)
 
 

@@ -225,7 +225,7 @@ def test_recorded_games_stand_beside_the_arms():
     lines = report.character_table(arms, MONK, 200).splitlines()
     assert len(lines) == 2 + 3 + 1  # once for all arms
     cells = [cell.strip() for cell in lines[-1].strip("| ").split("|")]
-    assert cells[0].startswith("AutoAscend") and cells[2:5] == ["4", "80", "60"] and cells[5].startswith(f"{80 / 17456.05:.4f} [")
+    assert cells[0].startswith("AutoAscend") and cells[2] == "4" and cells[3].startswith("80.0 [") and cells[4] == "60" and cells[5].startswith(f"{80 / 17456.05:.4f} [")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,10 @@ def test_tables_hold_the_numbers(made):
                                                for score in one["scores"].get(character, [])])
              for algorithm in ("ours", "bc", "cql") for character in (MONK, VALKYRIE)}  # fmt: skip
     monk = cells(text, "ours", f"### {MONK}")
-    assert monk[1:5] == ["2", "80", f"{games['ours', MONK].mean():.0f}", f"{np.median(games['ours', MONK]):.0f}"]
+    assert monk[1:3] == ["2", "80"] and monk[4] == f"{np.median(games['ours', MONK]):.0f}"
+    assert monk[3].startswith(f"{games['ours', MONK].mean():.0f} [")  # points, and in points its interval
+    assert [float(end) for end in monk[3].split("[")[1][:-1].split(",")] == pytest.approx(
+        [float(end) * 17456.05 for end in monk[5].split("[")[1][:-1].split(",")], abs=1.5)
     assert monk[5].startswith(f"{games['ours', MONK].mean() / 17456.05:.4f} [")
     assert monk[6].startswith(f"{plain_interquartile_mean(games['ours', MONK]) / 17456.05:.4f} [")
     assert monk[9] == "80 / 0 / 0"
