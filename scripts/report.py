@@ -11,7 +11,7 @@ number is for these trained agents, and not what another seed would give; for th
 interquartile mean leaves out the lowest and the highest quarter of the games. P(X > Y) is the share of pairs of games, one of
 each arm, in which X scores more (ties count half), averaged over characters. Over characters, scores enter a geometric mean.
 Held-out losses are means over held-out games, each counted once, of the means over seeds; their intervals draw these games anew, the
-same ones for all arms, so that differences are between equal games. The weights were chosen by the loss on the same games.
+same ones for all arms, so that differences are between equal games (and equal seeds). The weights were chosen by the loss on the same games.
 """
 
 import argparse
@@ -367,10 +367,10 @@ def recorded_scores(arms: Sequence[Arm], character: str) -> List[np.ndarray]:
     return [np.array(scores) for scores in found]
 
 
-def heldout_losses(arm: Arm, column: str) -> Dict[str, float]:
-    """{held-out game: loss per action, mean over seeds}, of games that all the arm's seeds were scored on."""
+def heldout_losses(arm: Arm, column: str, seeds: Sequence[int]) -> Dict[str, float]:
+    """{held-out game: loss per action, mean over these seeds}, of games that all of them were scored on."""
     rows = [{name: metrics["loss_per_action"] for part in row.get("heldout_games", {}).values() for name, metrics in part.items()}
-            for row in trained_on(arm, column)]  # fmt: skip
+            for row in trained_on(arm, column) if row["seed"] in seeds]  # fmt: skip
     shared = set.intersection(*map(set, rows)) if rows else set()
     return {name: sum(row[name] for row in rows) / len(rows) for name in sorted(shared)}
 
@@ -383,19 +383,21 @@ def estimate_over_heldout(losses: Dict[str, float], resamples: int) -> Estimate:
 
 
 def heldout_table(arms: Sequence[Arm], column: str, resamples: int) -> str:
-    """Held-out loss with its interval over games, and the difference from `ours` on the same games; empty if no row has it."""
+    """Held-out loss with its interval over games, and the difference from `ours` on the same games and seeds; empty if no row has it."""
     header = ["arm", "seeds", "held-out games", "loss per action (nats) [95 %]", "difference from ours [95 %]"]
     lines = []
     for arm in arms:
-        losses = heldout_losses(arm, column)
+        seeds = [row["seed"] for row in trained_on(arm, column)]
+        losses = heldout_losses(arm, column, seeds)
         if not losses or arm.variant != study.DEFAULT_VARIANT:
             continue
         (ours,) = choose_references(arm, arms, ["ours"])
-        theirs = heldout_losses(ours, column) if ours else {}
-        shared = {name: losses[name] - theirs[name] for name in losses if name in theirs}
+        both = [row["seed"] for row in trained_on(ours, column) if row["seed"] in seeds] if ours else []
+        mine, theirs = heldout_losses(arm, column, both), heldout_losses(ours, column, both) if ours else {}
+        shared = {name: mine[name] - theirs[name] for name in mine if name in theirs}
         difference = estimate_over_heldout(shared, resamples) if shared else None
         sure = difference is not None and (difference.low > 0 or difference.high < 0)
-        lines.append([arm.label, str(len(trained_on(arm, column))), str(len(losses)), show(estimate_over_heldout(losses, resamples), 3),
+        lines.append([arm.label, str(len(seeds)), str(len(losses)), show(estimate_over_heldout(losses, resamples), 3),
                       f"**{show(difference, 3)}**" if sure else show(difference, 3)])  # fmt: skip
     return table(header, lines) if lines else ""
 
