@@ -22,7 +22,7 @@ A study's file (scripts/studies/*.yaml):
 
 A row holds: study, algorithm (the arm), variant, seed, characters, settings (a hash of all that shapes the result), config,
 evaluation, commit, modified, script_sha256, command, hardware, versions, rnn_hidden_dim, data, transitions, best_transitions
-(seen by the weights that played), wall_seconds (updates alone), evaluation_seconds, heldout, heldout_games (the same metrics of each
+(seen by the weights that played), wall_seconds (updates alone), evaluation_seconds, heldout, heldout_games (loss and accuracy of each
 held-out game by itself), recorded_scores (points of the recorded games after eval_max_steps actions, to compare with), train_loss
 (loss per action over the last tenth), curve ([transitions, held-out, training loss per action]), and by character scores, depths,
 turns, lengths, ends.
@@ -69,7 +69,7 @@ NOT_SETTINGS = (*NOT_IN_STUDY, "project", "log_every", "checkpoint_every", "data
                 "submission")  # fmt: skip
 DEFAULT_VARIANT = "default"
 ROWS_A_GAME = 8
-OF_A_GAME = ("loss_per_action", "accuracy", "value_rmse", "effective_sample_size", "frames")  # metrics of single held-out games
+OF_A_GAME = ("loss_per_action", "accuracy", "frames")  # metrics of single held-out games
 ENDS = ("died", "no progress", "step limit")
 
 
@@ -501,13 +501,11 @@ def score_heldout_games(config: TrainConfig, games: pomdp.Games, content: Dict[s
     algorithm = pomdp.make_algorithm(config, device)
     algorithm.model.load_state_dict(content["model"])
     heldout = games.heldout(config.heldout_share)
-    scale = games.reward_scale(np.flatnonzero(~heldout), config.gamma)
     frames = config.eval_heldout_frames // max(int(heldout.sum()), 1)
     autocast = functools.partial(torch.autocast, device.type, dtype=precision) if precision else contextlib.nullcontext
     found = {}
     for game in np.flatnonzero(heldout):
-        loader = pomdp.ChunkLoader(games, [game], ROWS_A_GAME, config.seq_len, None, scale, config.clip_range,
-                                   gamma_for_returns=config.gamma)  # fmt: skip
+        loader = pomdp.ChunkLoader(games, [game], ROWS_A_GAME, config.seq_len, None, 1.0, config.clip_range)  # no metric of rewards
         metrics = pomdp.evaluate_heldout(algorithm, loader, frames, device, autocast, lambda part: [part])
         found[games.names[game]] = {name: round(metrics[name], 6) for name in OF_A_GAME if name in metrics}
     return found

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import custom_nethack_pomdp as pomdp
@@ -122,6 +123,7 @@ def test_benchmark_s_table_is_that_of_its_rows():
 
 def test_the_stand_in_s_table_is_that_of_its_rows():
     for row in map(json.loads, (ROOT / "scripts" / "results" / "standin.jsonl").read_text(encoding="utf-8").splitlines()):
-        heldout = row["heldout"]
+        heldout, scores = row["heldout"], np.array(row["played"]["scores"])
+        low, high = pomdp.bootstrap_interval(scores)
         assert (f"| {row['algorithm']} | {row['transitions']:,} | {row['train_loss']:.2f} | {heldout['loss_per_action']:.2f} "
-                f"| {heldout['accuracy']:.0%} |") in README  # fmt: skip
+                f"| {heldout['accuracy']:.0%} | {len(scores)} | {scores.mean():.1f} [{low:.1f}, {high:.1f}] |") in README  # fmt: skip
