@@ -11,7 +11,8 @@ number is for these trained agents, and not what another seed would give; for th
 interquartile mean leaves out the lowest and the highest quarter of the games. P(X > Y) is the share of pairs of games, one of
 each arm, in which X scores more (ties count half), averaged over characters. Over characters, scores enter a geometric mean.
 Held-out losses are means over held-out games, each counted once, of the means over seeds; their intervals draw these games anew, the
-same ones for all arms, so that differences are between equal games (and equal seeds). The weights were chosen by the loss on the same games.
+same ones for all arms, so that differences are between equal games (and equal seeds). The weights were chosen by the loss on the same
+games.
 """
 
 import argparse
@@ -347,7 +348,8 @@ def character_table(arms: Sequence[Arm], character: str, resamples: int) -> str:
         ends = [row["ends"][character] for row in rows if character in row.get("ends", {})]
         counts = " / ".join(str(sum(end[name] for end in ends)) for name in study.ENDS) if len(ends) == len(rows) else NOTHING
         lines.append([
-            arm.label, str(len(rows)), str(len(games)), points(mean, autoascend), f"{np.median(games):.0f}", show(mean), show(estimate(arm, character, interquartile_mean, resamples)),
+            arm.label, str(len(rows)), str(len(games)), points(mean, autoascend), f"{np.median(games):.0f}", show(mean),
+            show(estimate(arm, character, interquartile_mean, resamples)),
             f"{min(means):.4f} – {max(means):.4f}" if len(means) > 1 else NOTHING,
             f"{np.mean(depths):.2f}" if len(depths) == len(games) else NOTHING, counts,
         ])  # fmt: skip
@@ -363,8 +365,8 @@ def character_table(arms: Sequence[Arm], character: str, resamples: int) -> str:
 
 def recorded_scores(arms: Sequence[Arm], character: str) -> List[np.ndarray]:
     """The points that the recorded games had when an evaluation's step limit was reached; one array for each limit."""
-    found = {tuple(row["recorded_scores"][character]): None for arm in arms for row in arm.rows if row.get("recorded_scores", {}).get(character)}
-    return [np.array(scores) for scores in found]
+    found = {tuple(row.get("recorded_scores", {}).get(character, ())): None for arm in arms for row in arm.rows}
+    return [np.array(scores) for scores in found if scores]
 
 
 def heldout_losses(arm: Arm, column: str, seeds: Sequence[int]) -> Dict[str, float]:

@@ -8,7 +8,8 @@
 Katakomba makes them: each row plays games one after another without padding, so a game may end inside a chunk; consecutive batches overlap
 by one step; and the backbone sees an 18 x 18 crop round the cursor drawn as a picture. Every submission is trained for the same number of
 steps, from the same seed and on the same batches; then its own train_step runs without gradient over games that none was trained on,
-and it plays `--games` games in 14 slots whose states and previous actions are never cleared. A small LSTM and few steps, to run on a CPU: this compares how blocks start to learn in the benchmark's setting, not how well they play.
+and it plays `--games` games in 14 slots whose states and previous actions are never cleared. A small LSTM and few steps, to run on a
+CPU: this compares how blocks start to learn in the benchmark's setting, and not what they reach there.
 
 Two differences to the benchmark, both for the sake of a short run: a row's first game begins at a frame drawn by chance instead of at its
 start (else nobody would see anything but first levels, and hardly a game's end), and training is in float32.
@@ -346,7 +347,8 @@ def append(path: str, row: Dict[str, Any]) -> None:
 # The command
 # ----------------------------------------------------------------------------------------------------------------------
 def show(rows: List[Dict[str, Any]]) -> None:
-    print(f"{'algorithm':<12} {'transitions':>11} {'train loss':>10} {'held-out loss':>13} {'accuracy':>8} {'seconds':>8} {'mean score':>10}")
+    print(f"{'algorithm':<12} {'transitions':>11} {'train loss':>10} {'held-out loss':>13} {'accuracy':>8} {'seconds':>8} "
+          f"{'mean score':>10}")
     for row in rows:
         mean = f"{np.mean(row['played']['scores']):.1f}" if row["played"] else "-"
         print(f"{row['algorithm']:<12} {row['transitions']:>11,} {row['train_loss']:>10.3f} {row['heldout']['loss_per_action']:>13.3f} "

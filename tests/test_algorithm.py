@@ -437,7 +437,8 @@ def screens(*lines):
 
 
 def test_the_turn_counter_is_read_off_the_bottom_line():
-    shown = screens("Dlvl:1 $:0 HP:14(14) Pw:5(5) AC:4 Xp:1/0 T:1", "Dlvl:12 $:0 HP:1(99) Pw:5(5) AC:4 Xp:10/9000 T:54321 Blind", "(end)", "T:")
+    lines = "Dlvl:1 $:0 HP:14(14) Pw:5(5) AC:4 Xp:1/0 T:1", "Dlvl:12 $:0 HP:1(99) Pw:5(5) AC:4 Xp:10/9000 T:54321 Blind", "(end)", "T:"
+    shown = screens(*lines)
     assert pomdp.turns_shown(shown).tolist() == [1, 54321, 0, 0] and pomdp.turns_shown(shown).dtype == np.float32
     assert pomdp.turns_shown(shown.astype(np.float32)).tolist() == [1, 54321, 0, 0]  # the benchmark may hand floats
 

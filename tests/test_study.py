@@ -24,7 +24,8 @@ GAMES = ROOT / "tests" / "data" / "nle_data"
 STUDIES = ROOT / "scripts" / "studies"
 MONK, VALKYRIE = "mon-hum-neu", "val-hum-neu"
 KEYS = {"algorithm", "variant", "seed", "commit", "command", "hardware", "data", "transitions", "wall_seconds", "heldout", "train_loss",
-        "heldout_games", "recorded_scores", "curve", "scores", "ends", "evaluation", "settings", "config", "rnn_hidden_dim", "depths"}  # fmt: skip
+        "heldout_games", "recorded_scores", "curve", "scores", "ends", "evaluation", "settings", "config", "rnn_hidden_dim",
+        "depths"}  # fmt: skip
 
 
 def command(file, folder, stores_path, *more):
