@@ -40,7 +40,7 @@ import benchmark_standin as standin
 import check_submission
 import numpy as np
 import torch
-from study import ENDS, commit_of, cpu_name
+from study import commit_of, cpu_name, lists_of
 from watch import RGB, monospaced_font
 
 import custom_nethack_pomdp as pomdp
@@ -223,10 +223,10 @@ class InBenchmark:
         self.training, self.eval, self.train = model.training, model.eval, model.train
 
     def vec_act(self, obs: Arrays, state: Any = None, device: str = "cpu") -> Any:
-        terminal = [obs[name] for name in ("tty_chars", "tty_colors", "tty_cursor")]
+        terminal = {name: obs[name] for name in ("tty_chars", "tty_colors", "tty_cursor")}
         previous = np.where(obs["prev_actions"] == pomdp.NO_ACTION, 0, obs["prev_actions"])
-        given = {"tty_chars": terminal[0], "tty_colors": terminal[1], "tty_cursor": terminal[2], "prev_actions": previous}
-        return self.model.vec_act({**given, "screen_image": render(self.table, *terminal)}, state, device=device)
+        given = {**terminal, "screen_image": render(self.table, *terminal.values()), "prev_actions": previous}
+        return self.model.vec_act(given, state, device=device)
 
 
 def play(model: Any, options: argparse.Namespace, table: np.ndarray) -> Optional[Dict[str, Any]]:
@@ -240,10 +240,7 @@ def play(model: Any, options: argparse.Namespace, table: np.ndarray) -> Optional
                                    options.eval_max_steps, torch.device("cpu"), clear_state=False)  # fmt: skip
     finally:
         pool.close()
-    return {"scores": [result.score for result in results], "depths": [result.depth for result in results],
-            "turns": [result.turns for result in results], "lengths": [result.length for result in results],
-            "ends": {end: sum(result.end == end for result in results) for end in ENDS}, "eval_max_steps": options.eval_max_steps,
-            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    return {**lists_of(results), "eval_max_steps": options.eval_max_steps, "seconds": round(time.monotonic() - began, 1)}
 
 
 class Submission(NamedTuple):

@@ -511,6 +511,13 @@ def score_heldout_games(config: TrainConfig, games: pomdp.Games, content: Dict[s
     return found
 
 
+def lists_of(results: Sequence[pomdp.GameResult]) -> Dict[str, Any]:
+    """A set of games as a row tells of it: lists in the games' order, and how many ended how."""
+    return {"scores": [result.score for result in results], "depths": [result.depth for result in results],
+            "turns": [result.turns for result in results], "lengths": [result.length for result in results],
+            "ends": {end: sum(result.end == end for result in results) for end in ENDS}}  # fmt: skip
+
+
 def play_one(file: str) -> None:
     """Plays with the weights of the task; writes every game's score, depth, turns, length and how the games ended."""
     task, config = read_task(file)
@@ -535,11 +542,7 @@ def play_one(file: str) -> None:
         for character in config.characters:
             results = pomdp.play_games(pool, algorithm.model, character, task["games"], config.eval_seed, config.eval_max_steps, device,
                                        config.eval_clear_state, check)  # fmt: skip
-            played[character] = {
-                "scores": [result.score for result in results], "depths": [result.depth for result in results],
-                "turns": [result.turns for result in results], "lengths": [result.length for result in results],
-                "ends": {end: sum(result.end == end for result in results) for end in ENDS},
-            }  # fmt: skip
+            played[character] = lists_of(results)
     finally:
         pool.close()
     temperature = getattr(getattr(algorithm, "hyper", None), "temperature", None)

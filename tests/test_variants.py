@@ -32,9 +32,9 @@ def batch(games):
     return loader.batch_at(3)
 
 
-def step(algorithm, batch, states=None):
+def step(algorithm, batch):
     inputs = dict(batch)
-    return algorithm.train_step(inputs, inputs.pop("prev_actions"), states or {})
+    return algorithm.train_step(inputs, inputs.pop("prev_actions"), {})
 
 
 def test_the_average_is_what_is_scored_played_and_saved(batch):
