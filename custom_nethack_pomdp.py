@@ -136,12 +136,12 @@ class UserError(Exception):
 # ======================================================================================================================
 @dataclass
 class TrainConfig:
-    """Settings of a run. Names and defaults are Katakomba's where it has them, `character` aside."""
+    """Settings of a run. Names and defaults are the benchmark's where it has them, `character` aside."""
 
     # --- what is learned and played
     character: str = "mon-hum-neu,val-hum-neu,ran-hum-neu"  # one or several, by commas: train on all, evaluate on each
     data_path: Optional[str] = None  # NLD-AA folder, Katakomba .hdf5 file or folder, or a chunk store [Katakomba's folder]
-    data_mode: str = "compressed"  # accepted for Katakomba's command lines; data is always read compressed
+    data_mode: str = "in_memory"  # accepted for Katakomba's command lines; data is always read compressed
     store_path: str = "runs/stores"  # folder in which chunk stores are built
     heldout_share: float = 0.1  # share, 0 to 1, of each character's games that is never trained on (chosen by hash of the name)
     data_workers: int = 2  # threads that decode frames ahead of the training step
@@ -149,8 +149,8 @@ class TrainConfig:
     algorithm: Dict[str, Any] = field(default_factory=dict)  # overrides of AWRConfig, e.g. '{burn_in: 8, lam: 0.9}'
     # --- logging
     project: str = "NetHack"  # wandb project
-    group: str = "nethack_awr"  # wandb group and folder of runs; "-v<version>" is appended
-    name: str = "awr"  # run name; "-<character>-seed<train_seed>" is appended
+    group: str = "custom-nethack-pomdp"  # wandb group and folder of runs; "-v<version>" is appended
+    name: str = "custom"  # run name; "-<character>-seed<train_seed>" is appended
     version: int = 0  # number that is appended to the group, as -v<version>
     log_every: int = 50  # updates between logged rows
     # --- model (rnn_hidden_dim and rnn_layers are the benchmark's and cannot be changed)
@@ -162,8 +162,8 @@ class TrainConfig:
     tau: float = 0.005  # Polyak rate of target networks, share an update (used by reference algorithms)
     gamma: float = 0.999  # discount, factor a step of the game
     # --- training
-    update_steps: int = 500_000  # updates (gradient steps) in all
-    batch_size: int = 64  # rows a batch, on each GPU
+    update_steps: int = 100_000  # updates (gradient steps) in all
+    batch_size: int = 128  # rows a batch, on each GPU
     seq_len: int = 16  # steps a chunk (T)
     learning_rate: float = 3e-4  # peak learning rate of AdamW
     lr_schedule: str = "constant"  # constant, or cosine: down to a tenth at the last transition
@@ -1550,6 +1550,8 @@ class ModelBackbone(nn.Module):
     (h, c), each [L, B, H]. Returns (core_output [B, T, H], new state).
     """
 
+    observations = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
+
     def __init__(self, action_dim: int, rnn_hidden_dim: int = 2048, rnn_layers: int = 2, rnn_dropout: float = 0.0,
                  use_prev_action: bool = True) -> None:  # fmt: skip
         super().__init__()
@@ -1621,10 +1623,11 @@ class ModelBackbone(nn.Module):
 # ========================================  EDITABLE BEGIN  ============================================================
 # ======================================================================================================================
 # Recurrent advantage-weighted regression with burn-in. The benchmark takes this block alone and runs it inside its own
-# file, so it names nothing from outside but torch, nn, F, np, Categorical, deepcopy and ModelBackbone.
+# file, so it names nothing from outside but torch, nn, F, np and Categorical.
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+from zlib import crc32
 
 
 @dataclass
@@ -1645,7 +1648,6 @@ class AWRConfig:
 
 
 MAY_BE_ZERO, AT_MOST_ONE = ("burn_in", "lam", "value_coef", "clear_state"), ("lam", "scale_rate", "clear_state")
-NOT_OBSERVATIONS = ("actions", "rewards", "dones", "mask", "starts", "returns", "prev_actions")
 
 
 def lambda_returns(rewards: torch.Tensor, dones: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
@@ -1680,10 +1682,14 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-def turns_shown(tty_chars: np.ndarray) -> np.ndarray:
-    """[N, 24, 80] -> [N] float32: the turn counter on the bottom line, 0 where none is shown."""
-    found = [re.search(rb"T:(\d{1,9})", np.asarray(row, dtype=np.uint8).tobytes()) for row in tty_chars[:, -1]]
-    return np.array([int(match.group(1)) if match else 0 for match in found], dtype=np.float32)
+def numbers_shown(tty_chars: np.ndarray) -> np.ndarray:
+    """Screens [N, 24, 80] -> [2, N] float32: the turn on the bottom line, and a number that stands for the attributes on the line
+    above it; 0 where none are shown."""
+    rows = np.asarray(tty_chars[:, -2:], dtype=np.uint8)
+    turns = [re.search(rb"T:(\d{1,9})", row.tobytes()) for row in rows[:, 1]]
+    attributes = [re.search(rb" St:.* Ch:\d+", row.tobytes()) for row in rows[:, 0]]
+    return np.array([[int(found.group(1)) if found else 0 for found in turns],
+                     [1 + crc32(found.group()) % 2**23 if found else 0 for found in attributes]], dtype=np.float32)  # fmt: skip
 
 
 class Model(nn.Module):
@@ -1697,16 +1703,19 @@ class Model(nn.Module):
         self.policy = nn.Linear(head_dim, backbone.num_actions)
         self.value = nn.Linear(head_dim, 1)
         self.temperature, self.clear_state = temperature, clear_state
+        self.observations = getattr(backbone, "observations", ("tty_chars", "screen_image"))  # the latter: the benchmark's
 
     def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, H] -> logits [B, T, A] and values [B, T], both float32 also under autocast.
+        """[B, T, H] -> logits [B, T, A] and values [B, T], in float32 also under autocast: half precision rounds a value near 1 by
+        more than a step of the game changes it.
 
         A fresh LSTM's output is some 0.02 in size and differs by a thousandth from frame to frame: for its first hundred updates
         the network would learn little but how often each action is taken. Normalised (without parameters, arXiv 1607.06450), it
         learns from the first one on.
         """
-        shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
-        return self.policy(shared).float(), self.value(shared).float().squeeze(-1)
+        with torch.autocast(core_output.device.type, enabled=False):
+            shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
+            return self.policy(shared), self.value(shared).squeeze(-1)
 
     def forward(self, inputs: Dict[str, torch.Tensor], state: Optional[Tuple[torch.Tensor, torch.Tensor]] = None) -> Tuple[Any, ...]:
         """-> logits [B, T, A], values [B, T], new state."""
@@ -1716,23 +1725,27 @@ class Model(nn.Module):
     @torch.no_grad()
     def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
         """Draws an action for each of N games. obs: arrays [N, ...], prev_actions [N] among them. -> [N] int64, new state: (h, c) and
-        the turn counters last seen [1, N, 1], to notice that a slot's next game has begun.
+        the turns and attributes last seen, each [1, N, 1], to notice that a slot's next game has begun: at turn 1, after a later
+        one or with other attributes (a game may end without ever leaving turn 1).
 
         Actions are drawn, not taken by argmax: greedy imitation of AutoAscend repeats itself without end (README).
         """
-        inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
+        inputs = {name: torch.as_tensor(obs[name], device=device)[:, None] for name in (*self.observations, "prev_actions")}
         inputs["prev_actions"] = inputs["prev_actions"].long()
-        turns = torch.as_tensor(turns_shown(obs["tty_chars"]), device=device)[None, :, None]
+        shown = torch.as_tensor(numbers_shown(obs["tty_chars"]), device=device)  # [2, N]
         if state is not None:
-            *state, turns_before = state
-            begun = (turns == 1) & (turns_before > 1) & self.clear_state  # the benchmark hands on the state of the slot's game before
-            turns = torch.where(turns > 0, turns, turns_before)
+            *state, turns_before, attributes_before = state
+            before = torch.cat([turns_before, attributes_before])[..., 0]
+            other = (shown[1] != before[1]) & (shown[1] > 0) & (before[1] > 0)
+            # The benchmark hands on the state of the slot's game before.
+            begun = ((shown[0] == 1) & ((before[0] > 1) | other) & self.clear_state)[None, :, None]
+            shown = torch.where(shown > 0, shown, before)
             no_action = getattr(self.backbone, "no_action", 0)
             inputs["prev_actions"] = inputs["prev_actions"].masked_fill(begun[0], no_action)
             state = tuple(part.masked_fill(begun, 0.0) for part in state)
         logits, _, state = self(inputs, state)
         actions = Categorical(logits=logits[:, -1] / self.temperature).sample()
-        return actions.cpu().numpy(), (*state, turns)
+        return actions.cpu().numpy(), (*state, shown[:1, :, None], shown[1:, :, None])
 
 
 class OfflineAlgorithm:
@@ -1780,7 +1793,8 @@ class OfflineAlgorithm:
                 keep = (~resets[:, begin]).to(state[0].dtype)[None, :, None]
                 state = tuple(part * keep for part in state)
             states.append(state)
-            output, state = self.model.backbone({name: value[:, begin:end] for name, value in inputs.items()}, state)
+            # The benchmark's backbone views its inputs in another shape, which a slice in time does not allow.
+            output, state = self.model.backbone({name: value[:, begin:end].contiguous() for name, value in inputs.items()}, state)
             outputs.append(output)
         return torch.cat(outputs, dim=1), [*states, state]
 
@@ -1816,7 +1830,7 @@ class OfflineAlgorithm:
             resets[:, 0] = rnn_states["ended"][0] if "ended" in rnn_states else True
         else:
             resets[:, 0] = batch["starts"]
-        inputs = {name: value for name, value in batch.items() if name not in NOT_OBSERVATIONS}
+        inputs = {name: batch[name] for name in self.model.observations}
         previous = torch.cat([prev_actions.long().view(-1, 1), actions[:, :-1]], dim=1)
         inputs["prev_actions"] = previous.masked_fill(resets, self.no_action)
         names = sorted(inputs)
@@ -1833,8 +1847,8 @@ class OfflineAlgorithm:
             info.update(value_errors(values[:, :-1].detach(), batch["returns"][:, :-1].float(), mask[:, :-1]))
 
         new_states: Dict[str, Any] = {"ended": (dones[:, steps - 1] > 0,)}
-        if keep_at < steps:
-            new_states["tail"] = (resets[:, keep_at:steps], *(inputs[name][:, keep_at:steps] for name in names))
+        if keep_at < steps:  # copies: a slice would keep the whole batch alive until the next one
+            new_states["tail"] = (resets[:, keep_at:steps].clone(), *(inputs[name][:, keep_at:steps].clone() for name in names))
         stored = states[cuts.index(keep_at)]
         if stored is not None:
             new_states["core"] = tuple(part.detach() for part in stored)
@@ -1878,7 +1892,9 @@ class OfflineAlgorithm:
         return loss, info
 
     def _value_loss(self, values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return masked_mean((values - targets) ** 2, mask)
+        """The squared error up to 1 and linear beyond: the benchmark's first rewards are divided by the scale of none before them and
+        come out at the clip, tens of times the later ones; squared they drown what the policy learns from the shared LSTM."""
+        return masked_mean(2.0 * F.huber_loss(values, targets, reduction="none"), mask)
 
     def _readable(self, info: Dict[str, torch.Tensor]) -> Dict[str, Any]:
         """Floats, fetched from the device at once; tensors if the loop asked for them."""
@@ -2341,7 +2357,7 @@ def column_name(character: str) -> str:
 
 
 def geometric_mean(scores: Sequence[float]) -> float:
-    """The task's score over characters; of several it is 0 if any is not above 0."""
+    """Of several characters' scores; 0 if any is not above 0. (The benchmark squashes each score before it takes this mean.)"""
     if len(scores) == 1:
         return scores[0]
     return math.exp(sum(math.log(score) for score in scores) / len(scores)) if min(scores) > 0 else 0.0
@@ -2741,7 +2757,8 @@ class Trainer:
         self.loader = self._loader(self.training_games, config.batch_size * self.ranks.world, config.train_seed)
         groups = split_weight_decay(list(self.algorithm.model.named_parameters()), config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=self.device.type == "cuda")
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
+        make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch 2.0 has the second alone
+        self.scaler = make_scaler(enabled=self.precision is torch.float16)
         self.step, self.evaluated_step, self.best_heldout = 0, 0, math.inf
         self.rnn_states: Dict[str, Any] = {}
         self.skipped = self.skipped_in_row = 0
@@ -2992,6 +3009,8 @@ class Trainer:
         heldout = {name[len("heldout/"):]: value for name, value in row.items() if name.startswith("heldout/")}
         if heldout:
             RunLogger.line("HELDOUT_METRICS", {"step": self.step, **heldout})
+        for character, summary in summaries.items():
+            say(f"{character}:\nD4RL score: {summary['normalized_score']:.6f}")  # the line that the benchmark reads
         if scores:
             say(score_table(summaries, self.config.eval_episodes))
             RunLogger.line("TEST_METRICS", scores)

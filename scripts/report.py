@@ -1,7 +1,7 @@
 """Turns results into a report: report.md with its tables, and its figures as PNG and SVG.
 
     python scripts/report.py scripts/results/cpu_small.jsonl --out REPORT_DIR          # rows written by scripts/study.py
-    python scripts/report.py runs/nethack_awr-v0/awr-mon-hum-neu-seed42 --out REPORT_DIR   # a run's folder, or several, or both
+    python scripts/report.py runs/custom-nethack-pomdp-v0/custom-mon-hum-neu-seed42 --out REPORT_DIR   # a run's folder, or several, or both
 
 From rows the scores are those of the weights with the lowest held-out loss; from a run's folder those of its last evaluation.
 

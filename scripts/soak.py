@@ -125,7 +125,7 @@ def leaves(content: Any, where: str = "") -> Dict[str, Any]:
 
 def outcome(folder: Path) -> Dict[str, Any]:
     """All that a run leaves, but for times and paths: names of its files, checkpoints, logged rows, every game's score."""
-    runs = sorted((folder / "runs" / "nethack_awr-v0").iterdir())
+    runs = sorted((folder / "runs" / "custom-nethack-pomdp-v0").iterdir())
     # A run killed before it had described itself has done nothing yet: its folder stays as it is, and the next one begins beside it.
     (run,) = [path for path in runs if (path / "config.json").is_file()]
     found: Dict[str, Any] = {"files": sorted(path.name for path in run.iterdir())}

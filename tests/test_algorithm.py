@@ -359,7 +359,9 @@ def test_policy_loss_is_the_weighted_cross_entropy():
     weights = torch.exp((advantages / (AWRConfig.beta * scale)).clamp(max=math.log(AWRConfig.max_weight)))
     weights = weights / weights.mean()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["actions"][:, :-1].flatten(), reduction="none").view(4, -1)
-    expected = (weights * losses).mean() + AWRConfig.value_coef * (advantages**2).mean()
+    errors = torch.where(advantages.abs() < 1, advantages**2, 2 * advantages.abs() - 1)  # linear beyond 1
+    assert 0.2 < (advantages.abs() < 1).float().mean() < 0.8
+    expected = (weights * losses).mean() + AWRConfig.value_coef * errors.mean()
     loss, _, info = algorithm.train_step(batch, NO_PREVIOUS, {})
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert info["loss_per_action"] == pytest.approx(losses.mean().item(), rel=1e-4)
@@ -429,43 +431,74 @@ def test_acting_draws_from_the_policy():
 
 
 def screens(*lines):
-    """Terminals [N, 24, 80] with these bottom lines."""
+    """Terminals [N, 24, 80] with these bottom lines; what stands before a "|" is on the line above."""
     chars = np.full((len(lines), 24, 80), ord(" "), dtype=np.uint8)
-    for row, line in zip(chars, lines):
-        row[23, : len(line)] = list(line.encode())
+    for rows, line in zip(chars, lines):
+        above, _, bottom = line.rpartition("|")
+        rows[22, : len(above)], rows[23, : len(bottom)] = list(above.encode()), list(bottom.encode())
     return chars
 
 
-def test_the_turn_counter_is_read_off_the_bottom_line():
-    lines = "Dlvl:1 $:0 HP:14(14) Pw:5(5) AC:4 Xp:1/0 T:1", "Dlvl:12 $:0 HP:1(99) Pw:5(5) AC:4 Xp:10/9000 T:54321 Blind", "(end)", "T:"
-    shown = screens(*lines)
-    assert pomdp.turns_shown(shown).tolist() == [1, 54321, 0, 0] and pomdp.turns_shown(shown).dtype == np.float32
-    assert pomdp.turns_shown(shown.astype(np.float32)).tolist() == [1, 54321, 0, 0]  # the benchmark may hand floats
+def test_turn_and_attributes_are_read_off_the_status_lines():
+    vitals = "HP:14(14) Pw:5(5) AC:4 Xp:1/0 T:"
+    lines = (f"Agent the Candidate St:18/02 Dx:9 Co:9 In:9 Wi:9 Ch:9 Neutral S:5|Dlvl:1 $:0 {vitals}1",
+             f"Agent the Student   St:18/02 Dx:9 Co:9 In:9 Wi:9 Ch:9 Neutral S:90|Dlvl:12 $:0 {vitals}54321 Blind",
+             f"Agent the Student   St:18/02 Dx:9 Co:9 In:9 Wi:9 Ch:10 Neutral S:90|Dlvl:12 $:0 {vitals}3", "(end)", "T:")  # fmt: skip
+    for shown in (screens(*lines), screens(*lines).astype(np.float32)):  # the benchmark may hand floats
+        turns, attributes = pomdp.numbers_shown(shown)
+        assert turns.tolist() == [1, 54321, 3, 0, 0] and turns.dtype == np.float32
+        assert attributes[0] == attributes[1] > 0 and attributes[2] not in (0, attributes[0]) and attributes[3:].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("clear_state", [True, False])
-def test_acting_begins_anew_where_the_turns_fall_back_to_one(clear_state):
-    """Slots: goes on; begins a new game; stays in turn 1; begins anew after a menu that hides the turns; shows a menu."""
+def test_acting_begins_anew_where_a_new_game_shows(clear_state):
+    """Slots: goes on; begins a new game; stays in turn 1; begins anew after a menu that hides the turns; shows a menu; a game that
+    never left turn 1 is followed by one with other attributes; a menu hides the attributes in turn 1."""
     model = Model(small_backbone(), head_dim=24, clear_state=clear_state).eval()
-    obs = {name: value[:, 0].numpy() for name, value in random_observations(5, 1).items()}
-    previous = np.full(5, 3)
+    obs = {name: value[:, 0].numpy() for name, value in random_observations(7, 1).items()}
+    previous = np.full(7, 3)
+    one, other = " St:8 Dx:9 Co:9 In:9 Wi:9 Ch:9 |T:1", " St:9 Dx:9 Co:9 In:9 Wi:9 Ch:9 |T:1"
 
     def act(lines, state):
         torch.manual_seed(0)
         seen = {**obs, "tty_chars": screens(*lines), "prev_actions": previous}
         return seen, model.vec_act(seen, state)[1]
 
-    _, state = act(["T:7", "T:9", "T:1", "T:30", "T:2"], None)
-    _, state = act(["T:8", "T:9", "T:1", "a menu", "a menu"], state)
-    assert state[2].flatten().tolist() == [8, 9, 1, 30, 2] and state[2].shape == (1, 5, 1)
-    seen, after = act(["T:8", "T:1", "T:1", "T:1", "a menu"], state)
-    begun = torch.tensor([False, True, False, True, False]) & clear_state
+    _, state = act(["T:7", "T:9", one, "T:30", "T:2", one, one], None)
+    _, state = act(["T:8", "T:9", one, "a menu", "a menu", "a menu", "T:1"], state)
+    assert state[2].flatten().tolist() == [8, 9, 1, 30, 2, 1, 1] and state[2].shape == state[3].shape == (1, 7, 1)
+    seen, after = act(["T:8", "T:1", one, "T:1", "a menu", other, one], state)
+    begun = torch.tensor([False, True, False, True, False, True, False]) & clear_state
     seen["prev_actions"] = np.where(begun.numpy(), pomdp.NO_ACTION, 3)
     kept = tuple(part * (~begun)[None, :, None] for part in state)
     expected = Model(small_backbone(), head_dim=24, clear_state=False).eval()
     expected.load_state_dict(model.state_dict())
     for found, wanted in zip(after[:2], expected.vec_act(seen, kept)[1][:2]):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_head_computes_in_float32_under_autocast():
+    """Half precision would round a value by more than a step of the game changes it."""
+    model = Model(small_backbone(), head_dim=24)
+    core_output = torch.randn(3, 5, HIDDEN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model.head(core_output)
+    for found, wanted in zip(half, model.head(core_output)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_the_state_kept_for_the_next_chunk_does_not_hold_the_batch():
+    """Only what the backbone reads, in memory of its own: a slice would keep the whole batch (300 MB in the benchmark) alive."""
+    algorithm = small_algorithm(burn_in=2)
+    batch = random_batch(starts=[True] * 4)
+    batch["unused"] = torch.zeros(4, 7, 1000)
+    states = algorithm.train_step(batch, NO_PREVIOUS, {})[1]
+    frames = dict(zip(sorted((*pomdp.OBSERVATIONS, "prev_actions")), states["tail"][1:]))
+    assert len(states["tail"]) == 1 + len(frames)
+    for name in pomdp.OBSERVATIONS:
+        assert torch.equal(frames[name], batch[name][:, 4:6]), name
+    assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in states["tail"])
 
 
 def test_head_passes_the_stricter_budget():

@@ -358,7 +358,7 @@ def check_first_lines(out, folder, stores_path):
     assert f"model: {backbone:,} parameters in the backbone, {head + 32 * 120:,} in the head\n" in out
     assert re.search(r"^device: cpu \(1 threads\), float32, processes: 1$", out, re.MULTILINE)
     assert re.search(r"^batch: 4 rows x 8 steps = 32 transitions; [\d,]+ updates a pass, 2 in all$", out, re.MULTILINE)
-    assert f"run: {folder}/runs/nethack_awr-v0/awr-mon-hum-neu-seed42; games are recorded in {folder}/games\n" in out
+    assert f"run: {folder}/runs/custom-nethack-pomdp-v0/custom-mon-hum-neu-seed42; games are recorded in {folder}/games\n" in out
 
 
 def check_media(folder, logged, rows):

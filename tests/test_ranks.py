@@ -89,7 +89,7 @@ def finish(processes, seconds=120):
 
 
 def run_folder(folder, name):
-    return folder / name / "nethack_awr-v0" / f"awr-{MONK}-seed42"
+    return folder / name / "custom-nethack-pomdp-v0" / f"custom-{MONK}-seed42"
 
 
 def rows_of(path):

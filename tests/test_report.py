@@ -345,7 +345,7 @@ def test_a_runs_folder_is_read_as_its_last_evaluation(run_folder):
     found = report.read_run(run_folder)
     metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     last = metrics[-1]
-    assert (found["algorithm"], found["seed"], found["transitions"]) == ("awr", 5, 128)
+    assert (found["algorithm"], found["seed"], found["transitions"]) == ("custom", 5, 128)
     assert np.mean(found["scores"][MONK]) == pytest.approx(last["reward_mean"]) and len(found["scores"][MONK]) == 3
     assert np.mean(found["depths"][MONK]) == pytest.approx(last["depth_mean"])
     assert found["ends"][MONK] == {end: round(3 * last["end_" + end.replace(" ", "_")]) for end in study.ENDS}
@@ -358,8 +358,8 @@ def test_rows_and_a_runs_folder_in_one_report(run_folder, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [one for one in made_rows() if one["characters"] == [MONK]])
     assert report.main([str(rows), str(run_folder), "--out", str(tmp_path / "out"), "--resamples", "50"]) == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert cells(text, "awr", f"### {MONK}")[1:3] == ["1", "3"]
-    assert cells(text, "awr", "## Scores")[2] != report.NOTHING  # compared with bc
+    assert cells(text, "custom", f"### {MONK}")[1:3] == ["1", "3"]
+    assert cells(text, "custom", "## Scores")[2] != report.NOTHING  # compared with bc
     assert str(tmp_path) not in text
 
 
@@ -370,7 +370,7 @@ def test_a_run_without_games_still_has_its_curve(run_folder, tmp_path, capsys):
         (folder / name).write_bytes((run_folder / name).read_bytes())
     assert report.main([str(folder), "--out", str(tmp_path / "out"), "--resamples", "50"]) == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "no games were played by awr" in text and "(curves.png)" in text and "(scores.png)" not in text
+    assert "no games were played by custom" in text and "(curves.png)" in text and "(scores.png)" not in text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

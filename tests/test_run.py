@@ -117,18 +117,19 @@ def full(tmp_path_factory, stores, stores_path):
         after_first = files_of(folder / "repeated")
         second = command_line(two)
         kept = folder / "kept.pt"  # the resumed run renames its last.pt to last.prev.pt and later drops it
-        os.link(folder / "repeated" / "nethack_awr-v0" / f"awr-{MONK}-seed42-2" / "last.pt", kept)
+        os.link(folder / "repeated" / "custom-nethack-pomdp-v0" / f"custom-{MONK}-seed42-2" / "last.pt", kept)
         return first, after_first, second, command_line(dict(two, update_steps=4, resume="true"))
 
     with ThreadPoolExecutor(2) as pool:
         chains = pool.submit(first_chain), pool.submit(second_chain)
         (three, straight), (first, after_first, second, resumed) = (chain.result() for chain in chains)
-    group = folder / "repeated" / "nethack_awr-v0"
+    group = folder / "repeated" / "custom-nethack-pomdp-v0"
     yield dict(
-        three=three, three_folder=folder / "three" / "nethack_awr-v0" / f"awr-{'+'.join(CHARACTERS)}-seed42", stores=folder / "stores",
-        straight=straight, straight_folder=folder / "straight" / "nethack_awr-v0" / f"awr-{MONK}-seed42",
+        three=three, three_folder=folder / "three" / "custom-nethack-pomdp-v0" / f"custom-{'+'.join(CHARACTERS)}-seed42",
+        stores=folder / "stores",
+        straight=straight, straight_folder=folder / "straight" / "custom-nethack-pomdp-v0" / f"custom-{MONK}-seed42",
         first=first, after_first=after_first, second=second, resumed=resumed, repeated=folder / "repeated",
-        first_folder=group / f"awr-{MONK}-seed42", resumed_folder=group / f"awr-{MONK}-seed42-2", kept=folder / "kept.pt",
+        first_folder=group / f"custom-{MONK}-seed42", resumed_folder=group / f"custom-{MONK}-seed42-2", kept=folder / "kept.pt",
     )  # fmt: skip
     shutil.rmtree(folder)  # gigabytes of checkpoints, which pytest would keep
 
@@ -266,12 +267,12 @@ def small(monkeypatch, tmp_path, stores, stores_path, capfd):
 
 @pytest.fixture
 def group(tmp_path):
-    return tmp_path / "runs" / "nethack_awr-v0"
+    return tmp_path / "runs" / "custom-nethack-pomdp-v0"
 
 
 @pytest.fixture
 def folder(group):
-    return group / f"awr-{MONK}-seed42"
+    return group / f"custom-{MONK}-seed42"
 
 
 def assert_user_error(result, pattern):
@@ -303,7 +304,7 @@ def test_settings_of_training_reach_training(small, group, setting):
     small(eval_heldout_frames=0, **reference)
     small(eval_heldout_frames=0, name="other", **setting)
     (other,) = group.glob("other-*")
-    base = group / (f"awr-{MONK}-seed42-2" if reference else f"awr-{MONK}-seed42")
+    base = group / (f"custom-{MONK}-seed42-2" if reference else f"custom-{MONK}-seed42")
     one, two = (load(path / "last.pt")["model"] for path in (base, other))
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
@@ -516,7 +517,7 @@ def test_resume_may_change_what_does_not_change_training(small, group, tmp_path,
     status, out, _ = small(update_steps=4, name="moved", resume=True, checkpoints_path="elsewhere", log_every=2, eval_every=4, eval_seed=3,
                            checkpoint_every=3, data_workers=2, eval_heldout_frames=64)  # fmt: skip
     assert status == 0 and "at step 2" in out
-    straight, moved = (tmp_path / "elsewhere" / "nethack_awr-v0" / f"{name}-{MONK}-seed42" for name in ("awr", "moved"))
+    straight, moved = (tmp_path / "elsewhere" / "custom-nethack-pomdp-v0" / f"{name}-{MONK}-seed42" for name in ("custom", "moved"))
     for name in ("model", "optimizer", "ranks"):
         assert_same(load(straight / "last.pt")[name], load(moved / "last.pt")[name])
 
@@ -605,13 +606,13 @@ def test_another_run_s_checkpoint_is_not_taken(small, group):
 def test_without_resume_nothing_is_ever_overwritten(small, folder, group):
     for _ in range(2):
         assert small(update_steps=1)[0] == 0
-    (group / f"awr-{MONK}-seed42-3").mkdir()  # somebody else's, and empty
+    (group / f"custom-{MONK}-seed42-3").mkdir()  # somebody else's, and empty
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     before = files_of(group)
     assert small(update_steps=1)[0] == 0
     now = files_of(group)
     assert {path: now[path] for path in before} == before
-    assert {Path(path).parts[0] for path in set(now) - set(before)} == {f"awr-{MONK}-seed42-4"}
+    assert {Path(path).parts[0] for path in set(now) - set(before)} == {f"custom-{MONK}-seed42-4"}
 
 
 def test_folders_that_cannot_be_written(small, tmp_path):

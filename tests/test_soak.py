@@ -33,7 +33,7 @@ def test_a_full_disk(tmp_path):
     """One line, no traceback, no half file; what was written before is whole."""
     status, _, err = soak.finish(soak.start(tmp_path, "full disk", 2))
     assert status == 2 and err.count("error: ") == 1 and "cannot write" in err and "Traceback" not in err
-    (run,) = (tmp_path / "runs" / "nethack_awr-v0").iterdir()
+    (run,) = (tmp_path / "runs" / "custom-nethack-pomdp-v0").iterdir()
     assert soak.pomdp.read_checkpoint(run / "last.pt")["step"] == 3
     assert not list(run.glob(".*"))
 

@@ -59,7 +59,7 @@ class OfflineAlgorithm:
         """Loss of one batch [B, T + 1, ...], the states to go on from, and metrics as detached scalar tensors."""
         actions = batch["actions"][:, :-1].long()                                            # [B, T]
         counts = batch["mask"][:, :-1].float() if "mask" in batch else torch.ones_like(actions, dtype=torch.float)
-        inputs = {k: v[:, :-1] for k, v in batch.items() if k not in NOT_OBSERVATIONS}
+        inputs = {k: v[:, :-1].contiguous() for k, v in batch.items() if k not in NOT_OBSERVATIONS}
         inputs["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)    # [B, T]
 
         logits, new_state = self.model(inputs, rnn_states.get("online"))                     # [B, T, A]

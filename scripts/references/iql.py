@@ -93,9 +93,9 @@ class OfflineAlgorithm:
         has_target = counts * torch.maximum(mask[:, 1:], dones)
 
         observations = {k: v for k, v in batch.items() if k not in NOT_OBSERVATIONS}
-        now = {k: v[:, :-1] for k, v in observations.items()}
+        now = {k: v[:, :-1].contiguous() for k, v in observations.items()}
         now["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)       # [B, T]
-        following = {k: v[:, 1:] for k, v in observations.items()}
+        following = {k: v[:, 1:].contiguous() for k, v in observations.items()}
         following["prev_actions"] = actions
 
         with torch.no_grad():
