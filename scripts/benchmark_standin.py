@@ -1,8 +1,8 @@
 """A stand-in for the benchmark that the EDITABLE block is submitted to: its backbone, config, helpers and loop, on made-up games.
 
 The benchmark (MLS-Bench, task rl-offline-pomdp) copies one block over the same block of its own file, which is built on
-Katakomba's recurrent scripts. That file is not to be had here, so this one follows what is known of it, in our own code:
-the names around the block, a Katakomba-like backbone, 64 x 16 batches of float tensors that overlap by one step,
+Katakomba's recurrent scripts. This one follows that file in our own code:
+the names around the block, a Katakomba-like backbone that views its inputs, 128 x 16 batches of float tensors that overlap by one step,
 rewards scaled by a running RMS, mixed precision with a GradScaler, states carried from batch to batch and never cleared,
 and 14 slots in evaluation. `check_submission.py` puts a block into it; nothing here is needed for training.
 
@@ -27,12 +27,12 @@ States = Dict[str, Any]
 
 @dataclass
 class TrainConfig:
-    """Katakomba's fields and defaults, and no others: a block that reads any other from `config` fails there."""
+    """The benchmark's fields and defaults, and no others: a block that reads any other from `config` fails there."""
 
     character: str = "mon-hum-neu"
-    data_mode: str = "compressed"
+    data_mode: str = "in_memory"
     project: str = "NetHack"
-    group: str = "small_scale_custom"
+    group: str = "custom-nethack-pomdp"
     name: str = "custom"
     version: int = 0
     rnn_hidden_dim: int = 2048
@@ -42,8 +42,8 @@ class TrainConfig:
     clip_range: float = 10.0
     tau: float = 0.005
     gamma: float = 0.999
-    update_steps: int = 500_000
-    batch_size: int = 64
+    update_steps: int = 100_000
+    batch_size: int = 128
     seq_len: int = 16
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
@@ -97,15 +97,20 @@ class ModelBackbone(nn.Module):
     def _encode(self, inputs: Batch) -> torch.Tensor:
         chars, screen = inputs["tty_chars"], inputs["screen_image"]
         B, T = chars.shape[:2]
-        top = F.one_hot(chars[..., 0, :].reshape(B * T, -1).long(), 256).flatten(1).float()  # [B*T, 80*256]
-        bottom = chars[..., -2:, :].reshape(B * T, -1).float()                               # [B*T, 160]
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            """[B, T, ...] -> [B * T, ...]. A view, as there: a slice in time of a float batch is not copied by `float`, and fails."""
+            return x.float().view(B * T, *x.shape[2:])
+
+        top = F.one_hot(rows(chars[..., 0, :]).long(), 256).flatten(1).float()                # [B*T, 80*256]
+        bottom = rows(chars[..., -2:, :]).flatten(1)                                         # [B*T, 160]
         digits = ((bottom >= 45) & (bottom <= 57)) * (bottom - 47) / 10
         bottom = torch.stack([(bottom - 32) / 96, digits], dim=1)                            # [B*T, 2, 160]
-        screen = screen.reshape(B * T, *screen.shape[2:]).float() / 255.0
+        screen = rows(screen) / 255.0
         parts = [self.topline(top), self.bottom_mlp(self.bottom_conv(bottom).flatten(1)),
                  self.screen_mlp(self.screen_conv(screen).flatten(1))]
         if self.use_prev_action:
-            parts.append(F.one_hot(inputs["prev_actions"], self.num_actions).reshape(B * T, -1).to(parts[0].dtype))
+            parts.append(F.one_hot(inputs["prev_actions"], self.num_actions).view(B * T, -1).to(parts[0].dtype))
         return torch.cat(parts, dim=-1).view(B, T, -1)
 
     def _compute(self, inputs: Batch, state: Optional[Tuple[torch.Tensor, ...]]) -> Encoded:
@@ -246,7 +251,12 @@ def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.
     """
     kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=autocast is torch.float16)
-    optimizer = torch.optim.AdamW(algo.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    named = list(algo.model.named_parameters())
+    assert all(parameter.requires_grad for _, parameter in named), "the weight-decay split asserts a gradient of every parameter"
+    decayed = [parameter for name, parameter in named if "weight" in name and "norm" not in name and "bn" not in name]
+    others = [parameter for name, parameter in named if not ("weight" in name and "norm" not in name and "bn" not in name)]
+    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}],
+                                  lr=config.learning_rate)
     rewards = RewardScaler(config.gamma, config.clip_range)
     # The first is the whole number 0 (which is a real action, north); those after it are cut out of a float batch.
     prev_actions = torch.zeros((config.batch_size, 1), dtype=torch.long, device=device)

@@ -385,7 +385,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--heldout_share", type=float, default=pomdp.TrainConfig().heldout_share, help="share of the games held out")
     parser.add_argument("--games", type=int, default=0, help="games played by each after training")
     parser.add_argument("--eval_max_steps", type=int, default=1000, help="a game is cut after so many actions")
-    parser.add_argument("--batch_size", type=int, default=32, help="the benchmark has 64")
+    parser.add_argument("--batch_size", type=int, default=32, help="the benchmark has 128")
     parser.add_argument("--seq_len", type=int, default=16)
     parser.add_argument("--rnn_hidden_dim", type=int, default=512, help="the benchmark has 2048")
     parser.add_argument("--learning_rate", type=float, default=3e-4)

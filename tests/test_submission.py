@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,6 +169,10 @@ def test_imports_that_pass():
     ("def f() -> int | None: pass", "Python 3.10"),
     ("from __future__ import annotations", "__future__"),
     ("x = (", "line 1"),
+    ("with (open('a') as a, open('b') as b):\n    pass\n", "line \\d: Parenthesized"),  # Python 3.9
+    ("names: list[int] = []\n", r"line 1: list\[...\] needs Python 3.9"),
+    ("x = 1\nname = 'abc'.removeprefix('a')\n", "line 2: 'abc'.removeprefix is newer"),
+    ("scaler = torch.amp.GradScaler('cuda')\n", "line 1: torch.amp.GradScaler is newer"),
 ])
 def test_syntax_too_new(source, message):
     with pytest.raises(check.CheckFailed, match=message):
@@ -197,6 +202,11 @@ BROKEN = [
     ("trains, float32", "loss is nan", "bc", [(LOSS, LOSS + "        loss = loss * float('nan')\n")]),
     ("trains, float32", "not a scalar", "bc", [(LOSS, LOSS + "        loss = nll\n")]),
     ("trains, float32", "float16", "bc", [(LOSS, LOSS + "        loss = loss.half()\n")]),
+    ("trains, float32", "float64", "bc", [(LOSS, LOSS + "        loss = loss.double()\n")]),
+    ("trains, float32", "view size is not compatible.*line", "bc", [(".contiguous()", "")]),
+    ("trains, float32", "view size is not compatible.*line", "iql", [("v[:, 1:].contiguous()", "v[:, 1:]")]),
+    ("trains, float32", "gradient of every parameter", "bc",
+     [(POLICY, POLICY + "        self.policy.bias.requires_grad_(False)\n")]),
     ("trains, float32", "not detached", "bc", [(STATES, '        states = {"online": tuple(new_state)}\n')]),
     ("trains, float32", "not a tuple of tensors", "bc", [(STATES, '        states = {"online": new_state[0].detach()}\n')]),
     ("trains, float32", "not a tuple of tensors", "bc", [(STATES, STATES + '        states["prev"] = (1, 2)\n')]),
@@ -250,6 +260,15 @@ def test_a_broken_block_fails(name, message, reference, changes):
     result = check.attempt(block, name, lambda: CHECKS[name](check.Trial(block)))
     assert not result.passed
     assert re.search(message, result.detail), result.detail
+
+
+def test_our_block_fails_where_the_benchmark_s_backbone_would():
+    """A slice in time cannot be viewed in another shape; its own backbone does so, and ours does not."""
+    text = Path(check.DEFAULT_FILE).read_text(encoding="utf-8")
+    for source, passes in ((text, True), (text.replace("value[:, begin:end].contiguous()", "value[:, begin:end]"), False)):
+        block = check.extract(source)
+        result = check.attempt(block, "trains", lambda block=block: check.check_trains(check.Trial(block)))
+        assert result.passed == passes and (passes or "view size is not compatible" in result.detail), result.detail
 
 
 @pytest.mark.parametrize("head, over", [
