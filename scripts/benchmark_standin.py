@@ -284,11 +284,12 @@ def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.
 
 
 @torch.no_grad()
-def run_acting(model: Any, ticks: int, slots: int = 14, seed: int = 0, device: str = "cpu") -> List[np.ndarray]:
+def run_acting(model: Any, ticks: int, slots: int = 14, seed: int = 0, device: str = "cpu",
+               overwritten: bool = True) -> List[np.ndarray]:
     """The benchmark's evaluation, the game replaced by noise: the actions of each tick, exactly as `vec_act` returned them.
 
     As there: the previous action is a float 0 and the state None at first; neither is ever cleared; and the arrays of `obs`
-    are shared memory which the next tick overwrites.
+    are shared memory which the next tick overwrites (not `overwritten`: new arrays at each tick, to compare with).
     """
     rng = np.random.default_rng(seed)
     model.eval()
@@ -301,6 +302,7 @@ def run_acting(model: Any, ticks: int, slots: int = 14, seed: int = 0, device: s
         actions, state = model.vec_act(obs, state, device=device)
         taken.append(actions)
         for key, value in made_up_frames(rng, slots).items():
+            shared[key] = shared[key] if overwritten else value
             shared[key][...] = value
         obs = {**shared, "prev_actions": actions}
     model.train()

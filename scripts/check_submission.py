@@ -511,19 +511,21 @@ def check_held_out(trial: Trial) -> str:
 
 
 def check_acts(trial: Trial) -> str:
-    """14 slots of noise: actions are whole numbers in range, and the same again from the same seed."""
+    """14 slots of noise: actions are whole numbers in range, and the same again from the same seed and from copies of the screens."""
     runs = []
-    for _ in range(2):
+    for overwritten in (True, True, False):
         algo = trial.algorithm()
         torch.manual_seed(1)
         np.random.seed(1)  # noqa: NPY002  the global generator: a block may draw from it
-        runs.append(standin.run_acting(algo.model, ticks=4, slots=SLOTS, device=trial.device))
+        runs.append(standin.run_acting(algo.model, ticks=4, slots=SLOTS, device=trial.device, overwritten=overwritten))
     for actions in runs[0]:
         require(isinstance(actions, np.ndarray), f"vec_act returns a {type(actions).__name__}, not an ndarray")
         require(np.issubdtype(actions.dtype, np.integer), f"actions are {actions.dtype}, not whole numbers")
         require(actions.shape == (SLOTS,), f"actions have shape {actions.shape}, expected ({SLOTS},)")
         require(bool(((actions >= 0) & (actions < standin.NUM_ACTIONS)).all()), f"actions outside of 0..{standin.NUM_ACTIONS - 1}")
-    require(all(np.array_equal(a, b) for a, b in zip(*runs)), "other actions from the same weights and seed")
+    require(all(np.array_equal(a, b) for a, b in zip(*runs[:2])), "other actions from the same weights and seed")
+    require(all(np.array_equal(a, b) for a, b in zip(runs[0], runs[2])),
+            "other actions where each tick's screens are arrays of their own: it keeps a view of one that the next tick overwrites")
     return f"{SLOTS} slots, {runs[0][0].dtype}"
 
 

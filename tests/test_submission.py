@@ -235,6 +235,12 @@ BROKEN = [
     ("acts", "shape", "bc", [(ACTIONS, ACTIONS + "[:, None]")]),
     ("acts", "outside of 0..120|Class values", "bc", [(ACTIONS, ACTIONS + " + 121")]),
     ("acts", "other actions", "bc", [(ACTIONS, "np.random.default_rng().integers(0, 121, len(logits))")]),
+    ("acts", "keeps a view", "bc",  # acts on the screens of the tick before, or on what has been written over them
+     [("        logits, new_state = self(inputs, state)\n",
+       ('        inputs["tty_chars"], self.kept = getattr(self, "kept", inputs["tty_chars"]), inputs["tty_chars"]\n'
+       '        inputs["screen_image"], self.seen = getattr(self, "seen", inputs["screen_image"]), inputs["screen_image"]\n'
+       "        logits, new_state = self(inputs, state)\n")),
+      ("logits[:, 0].argmax(dim=-1).cpu().numpy()", "(logits[:, 0] * 1e6).long().sum(dim=-1).remainder(121).cpu().numpy()")]),
     ("acts", "one_hot|int64|Long", "bc", [('        inputs["prev_actions"] = inputs["prev_actions"].long()\n', "")]),
     ("copies", "deepcopy", "bc", [("        return self.policy(core_output).float(), new_state",
                                    "        self.last = self.policy(core_output)\n        return self.last.float(), new_state")]),
