@@ -74,10 +74,11 @@ class ModelBackbone(nn.Module):
 
     Inputs that it takes: `tty_chars` [B, T, 24, 80], `screen_image` [B, T, 3, 108, 108], `prev_actions` [B, T] int64.
     The previous action is one-hot over exactly `action_dim` classes, so an index outside of 0..action_dim-1 is an error,
-    and so is a dtype other than int64. `width` divides the encoders' sizes, for fast checks; 1 is Katakomba's size.
+    and so is a dtype other than int64. Two encoders are scripted, as there. `width` divides the encoders' sizes, for fast checks; 1 is
+    Katakomba's size.
     """
 
-    def __init__(self, action_dim: int, rnn_hidden_dim: int = 512, rnn_layers: int = 1, rnn_dropout: float = 0.0,
+    def __init__(self, action_dim: int, rnn_hidden_dim: int = 2048, rnn_layers: int = 2, rnn_dropout: float = 0.0,
                  use_prev_action: bool = True, width: int = 1):
         super().__init__()
         self.num_actions = action_dim
@@ -85,12 +86,14 @@ class ModelBackbone(nn.Module):
         self.use_prev_action = use_prev_action
         line, screen, channels = 128 // width, 512 // width, 32 // width
         self.topline = nn.Sequential(nn.Linear(80 * 256, line), nn.ELU(), nn.Linear(line, line), nn.ELU())
-        self.bottom_conv = nn.Sequential(nn.Conv1d(2, channels, 8, 4), nn.ELU(), nn.Conv1d(channels, 2 * channels, 4), nn.ELU())
-        self.bottom_mlp = nn.Sequential(nn.Linear(2 * channels * 36, line), nn.ELU(), nn.Linear(line, line), nn.ELU())
-        self.screen_conv = nn.Sequential(
+        # A copy of a scripted encoder, made where gradients are recorded, has parameters that are no leaves: `requires_grad_` fails there.
+        self.bottom = torch.jit.script(nn.Sequential(
+            nn.Conv1d(2, channels, 8, 4), nn.ELU(), nn.Conv1d(channels, 2 * channels, 4), nn.ELU(), nn.Flatten(),
+            nn.Linear(2 * channels * 36, line), nn.ELU(), nn.Linear(line, line), nn.ELU()))
+        self.screen = torch.jit.script(nn.Sequential(
             nn.Conv2d(3, channels, 8, 6), nn.ELU(), nn.Conv2d(channels, 2 * channels, 4, 2), nn.ELU(),
-            nn.Conv2d(2 * channels, 4 * channels, 3, 2), nn.ELU(), nn.Conv2d(4 * channels, 4 * channels, 3, 1), nn.ELU())
-        self.screen_mlp = nn.Sequential(nn.Linear(4 * channels, screen), nn.ELU())
+            nn.Conv2d(2 * channels, 4 * channels, 3, 2), nn.ELU(), nn.Conv2d(4 * channels, 4 * channels, 3, 1), nn.ELU(), nn.Flatten(),
+            nn.Linear(4 * channels, screen), nn.ELU()))
         inputs = 2 * line + screen + (action_dim if use_prev_action else 0)
         self.rnn = nn.LSTM(inputs, rnn_hidden_dim, num_layers=rnn_layers, dropout=rnn_dropout, batch_first=True)
 
@@ -100,17 +103,16 @@ class ModelBackbone(nn.Module):
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             """[B, T, ...] -> [B * T, ...]. A view, as there: a slice in time of a float batch is not copied by `float`, and fails."""
-            return x.float().view(B * T, *x.shape[2:])
+            return x.to(torch.float, memory_format=torch.contiguous_format).view(B * T, *x.shape[2:])
 
         top = F.one_hot(rows(chars[..., 0, :]).long(), 256).flatten(1).float()                # [B*T, 80*256]
         bottom = rows(chars[..., -2:, :]).flatten(1)                                         # [B*T, 160]
         digits = ((bottom >= 45) & (bottom <= 57)) * (bottom - 47) / 10
         bottom = torch.stack([(bottom - 32) / 96, digits], dim=1)                            # [B*T, 2, 160]
         screen = rows(screen) / 255.0
-        parts = [self.topline(top), self.bottom_mlp(self.bottom_conv(bottom).flatten(1)),
-                 self.screen_mlp(self.screen_conv(screen).flatten(1))]
+        parts = [self.topline(top), self.bottom(bottom), self.screen(screen)]
         if self.use_prev_action:
-            parts.append(F.one_hot(inputs["prev_actions"], self.num_actions).view(B * T, -1).to(parts[0].dtype))
+            parts.append(F.one_hot(inputs["prev_actions"], self.num_actions).view(B * T, -1))
         return torch.cat(parts, dim=-1).view(B, T, -1)
 
     def _compute(self, inputs: Batch, state: Optional[Tuple[torch.Tensor, ...]]) -> Encoded:
@@ -242,6 +244,12 @@ def to_float(batch: Dict[str, np.ndarray], device: str) -> Batch:
     return {k: torch.as_tensor(v, dtype=torch.float, device=device) for k, v in batch.items()}
 
 
+def metrics_line(step: int, info: Dict[str, Any]) -> str:
+    """What the benchmark prints of every 1,000th step; here it is made at each step, to see whether it can be."""
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in info.items()}
+    return " ".join([f"TRAIN_METRICS step={step}"] + [f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()])
+
+
 def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.ndarray]], steps: int, device: str = "cpu",
                  autocast: Optional[torch.dtype] = None, scale_rewards: bool = True,
                  on_step: Optional[Callable[..., None]] = None) -> None:
@@ -258,7 +266,7 @@ def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.
     optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}],
                                   lr=config.learning_rate)
     rewards = RewardScaler(config.gamma, config.clip_range)
-    # The first is the whole number 0 (which is a real action, north); those after it are cut out of a float batch.
+    # The first is 0, which is a real action (north).
     prev_actions = torch.zeros((config.batch_size, 1), dtype=torch.long, device=device)
     states: States = {}
     for step in range(1, steps + 1):
@@ -270,7 +278,7 @@ def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.
         half = torch.autocast(kind, dtype=autocast) if autocast is not None else contextlib.nullcontext()
         with CASTS.block(), half:
             loss, states, info = algo.train_step(batch, prev_actions, states)
-        prev_actions = before["actions"][:, -2:-1]
+        prev_actions = before["actions"][:, -2:-1].long()
         if on_step is not None:
             on_step(step, batch, before, loss, states, info)
         scaler.scale(loss).backward()
@@ -281,6 +289,9 @@ def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         algo.after_gradient_step()
+        line = metrics_line(step, info)
+        if step % 1000 == 0:
+            print(line, flush=True)
 
 
 @torch.no_grad()

@@ -68,9 +68,15 @@ TASK_LIMIT = 2_000_000     # parameters beyond the backbone, from the task's tex
 LARGEST_REFERENCE = 254_318  # IQL's head at 121 actions and a 2048-d LSTM
 SCRIPT_LIMIT = int(1.05 * LARGEST_REFERENCE)  # the budget script's: 267,033
 
-# What people reach for and the container lacks. A static check sees no more than names.
-TOO_NEW = {"removeprefix", "removesuffix", "torch.amp.GradScaler", "torch.amp.custom_fwd", "torch.nn.attention", "torch.nn.RMSNorm",
-           "nn.attention", "nn.RMSNorm", "nn.Buffer", "F.rms_norm", "torch.get_default_device", "torch.get_autocast_dtype"}
+# What people reach for and the container lacks: attributes of anything, full names, and calls with a keyword.
+TOO_NEW = {"removeprefix", "removesuffix", "bit_count", "set_submodule", "functools.cache", "math.lcm",
+           "math.nextafter", "math.cbrt", "itertools.pairwise", "itertools.batched", "torch.accelerator", "torch.amp.GradScaler",
+           "torch.amp.custom_bwd", "torch.amp.custom_fwd", "torch.amp.is_autocast_available", "torch.compiler", "torch.export",
+           "torch.get_autocast_dtype", "torch.get_default_device", "torch.library.custom_op", "torch.nn.Buffer", "torch.nn.RMSNorm",
+           "torch.nn.attention", "torch.nn.functional.rms_norm", "torch.nn.utils.clip_grads_with_norm_", "torch.nn.utils.get_total_norm",
+           "torch.nn.utils.parametrizations.weight_norm", "torch.optim.Adafactor", "torch.optim.Muon", "torch.unravel_index"}
+TOO_NEW_KEYWORDS = {("zip", "strict"), ("dataclass", "slots"), ("dataclass", "kw_only"), ("load_state_dict", "assign"),
+                    ("LayerNorm", "bias"), ("scaled_dot_product_attention", "scale"), ("scaled_dot_product_attention", "enable_gqa")}
 
 METRICS = ("loss", "loss_per_action", "accuracy")  # what every algorithm reports, so that they can be compared
 STANDIN_FILE = "standin_with_block.py"
@@ -210,12 +216,14 @@ def check_syntax(block: Block) -> str:
         tree = ast.parse(block.source, feature_version=(3, 8))  # the benchmark's
     except SyntaxError as error:
         raise CheckFailed(f"{block.where(error.lineno or 1)}: {error.msg}") from None
+    dicts = _names_of_dicts(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             raise CheckFailed(f"{block.where(node.lineno)}: from __future__ is allowed at the top of a file only, and the block goes "
                               "into the middle of one")
-        if isinstance(node, ast.Attribute) and (node.attr in TOO_NEW or ast.unparse(node) in TOO_NEW):
-            raise CheckFailed(f"{block.where(node.lineno)}: {ast.unparse(node)} is newer than Python 3.8 or torch 2.0.1")
+        complaint = _too_new(node, dicts)
+        if complaint:
+            raise CheckFailed(f"{block.where(getattr(node, 'lineno', 1))}: {complaint}")
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("dict", "list", "tuple", "set", "type"):
             generic = ast.unparse(node.value)
             raise CheckFailed(f"{block.where(node.lineno)}: {generic}[...] needs Python 3.9: write {generic.title()} of typing")
@@ -225,6 +233,53 @@ def check_syntax(block: Block) -> str:
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
                     raise CheckFailed(f"{block.where(part.lineno)}: `X | Y` as a type needs Python 3.10: write Optional or Union")
     return "Python 3.8, {} lines".format(block.source.count("\n"))
+
+
+def _too_new(node: ast.AST, dicts: Set[str]) -> str:
+    """What Python 3.8 or torch 2.0.1 lack of it, '' where nothing is known."""
+    newer = "is newer than Python 3.8 or torch 2.0.1"
+    for name in _full_names(node):
+        if name in TOO_NEW or (isinstance(node, ast.Attribute) and node.attr in TOO_NEW):
+            return f"{name} {newer}"
+    if isinstance(node, ast.Call):
+        function = ast.unparse(node.func).split(".")[-1]
+        for keyword in node.keywords:
+            if (function, keyword.arg) in TOO_NEW_KEYWORDS:
+                return f"{function}({keyword.arg}=) {newer}"
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitOr):
+        sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
+        if any(_is_dict(side) or ast.unparse(side) in dicts for side in sides):
+            return "`dict | dict` needs Python 3.9: write {**a, **b}"
+    return ""
+
+
+def _full_names(node: ast.AST) -> List[str]:
+    """What an attribute or an import names, `nn` and `F` written out: of a.b.c also a.b where it is imported."""
+    names: List[str] = []
+    if isinstance(node, ast.Attribute):
+        names = [re.sub(r"^F\.", "nn.functional.", ast.unparse(node))]
+    elif isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    if not isinstance(node, ast.Attribute):  # an attribute's own parts are nodes of their own
+        names = [".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)]
+    return [re.sub(r"^nn\.", "torch.nn.", name) for name in names]
+
+
+def _is_dict(node: Optional[ast.AST]) -> bool:
+    return isinstance(node, (ast.Dict, ast.DictComp)) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "dict")
+
+
+def _names_of_dicts(tree: ast.AST) -> Set[str]:
+    """Names that are somewhere annotated as a Dict or given one: a guess, which a name used for two things deceives."""
+    names: Set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation and re.match(r"[Dd]ict\b", ast.unparse(node.annotation)):
+            names.add(node.arg if isinstance(node, ast.arg) else ast.unparse(node.target))
+        elif isinstance(node, ast.Assign) and _is_dict(node.value):
+            names.update(ast.unparse(target) for target in node.targets)
+    return names
 
 
 def check_imports(block: Block) -> str:
@@ -455,6 +510,12 @@ def check_extreme_rewards(trial: Trial) -> str:
     return f"+-{trial.config.clip_range:g}"
 
 
+@torch.no_grad()
+def scale_weights(algo: Any, head: float, backbone: float = 1.0) -> None:
+    for name, parameter in algo.model.named_parameters():
+        parameter.mul_(backbone if name.startswith("backbone.") else head)
+
+
 def check_extreme_head(trial: Trial) -> str:
     """A head with weights ten thousand times too large: values and advantages in the hundreds, where a careless exp is infinite.
 
@@ -462,10 +523,7 @@ def check_extreme_head(trial: Trial) -> str:
     """
     for factor in (1e4, -1e4):
         algo = trial.algorithm()
-        with torch.no_grad():
-            for name, parameter in algo.model.named_parameters():
-                if not name.startswith("backbone."):
-                    parameter.mul_(factor)
+        scale_weights(algo, factor)
         trial.train(algo, steps=3)
     return "weights x +-10,000"
 
@@ -511,10 +569,14 @@ def check_held_out(trial: Trial) -> str:
 
 
 def check_acts(trial: Trial) -> str:
-    """14 slots of noise: actions are whole numbers in range, and the same again from the same seed and from copies of the screens."""
+    """14 slots of noise: actions are whole numbers in range, and the same again from the same seed and from copies of the screens.
+
+    With fresh weights hardly an action that is drawn would depend on the screen: hence larger ones.
+    """
     runs = []
     for overwritten in (True, True, False):
         algo = trial.algorithm()
+        scale_weights(algo, 100.0, 4.0)
         torch.manual_seed(1)
         np.random.seed(1)  # noqa: NPY002  the global generator: a block may draw from it
         runs.append(standin.run_acting(algo.model, ticks=4, slots=SLOTS, device=trial.device, overwritten=overwritten))

@@ -57,7 +57,8 @@ class OfflineAlgorithm:
     def __init__(self, backbone: Any, config: Any, device: str):
         self.gamma, self.tau = config.gamma, config.tau
         self.model = Model(backbone).to(device)
-        self.target = deepcopy(self.model).requires_grad_(False)  # beside the model, not in it: it is no part of the head
+        with torch.no_grad():  # or the copies of scripted encoders' weights are no leaves
+            self.target = deepcopy(self.model).requires_grad_(False)  # beside the model, not in it: it is no part of the head
 
     def parameters(self):
         return self.model.parameters()
