@@ -1703,7 +1703,9 @@ class Model(nn.Module):
         self.policy = nn.Linear(head_dim, backbone.num_actions)
         self.value = nn.Linear(head_dim, 1)
         self.temperature, self.clear_state = temperature, clear_state
-        self.observations = getattr(backbone, "observations", ("tty_chars", "screen_image"))  # the latter: the benchmark's
+        # The benchmark's backbone reads these two, and has no index for "no previous action".
+        self.observations = getattr(backbone, "observations", ("tty_chars", "screen_image"))
+        self.no_action = getattr(backbone, "no_action", 0)
 
     def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """[B, T, H] -> logits [B, T, A] and values [B, T], in float32 also under autocast: half precision rounds a value near 1 by
@@ -1725,27 +1727,24 @@ class Model(nn.Module):
     @torch.no_grad()
     def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
         """Draws an action for each of N games. obs: arrays [N, ...], prev_actions [N] among them. -> [N] int64, new state: (h, c) and
-        the turns and attributes last seen, each [1, N, 1], to notice that a slot's next game has begun: at turn 1, after a later
+        the turns and attributes last seen [2, N, 1], to notice that a slot's next game has begun: at turn 1, after a later
         one or with other attributes (a game may end without ever leaving turn 1).
 
         Actions are drawn, not taken by argmax: greedy imitation of AutoAscend repeats itself without end (README).
         """
         inputs = {name: torch.as_tensor(obs[name], device=device)[:, None] for name in (*self.observations, "prev_actions")}
         inputs["prev_actions"] = inputs["prev_actions"].long()
-        shown = torch.as_tensor(numbers_shown(obs["tty_chars"]), device=device)  # [2, N]
+        shown = torch.as_tensor(numbers_shown(obs["tty_chars"]), device=device)[..., None]  # [2, N, 1]
         if state is not None:
-            *state, turns_before, attributes_before = state
-            before = torch.cat([turns_before, attributes_before])[..., 0]
+            *state, before = state
             other = (shown[1] != before[1]) & (shown[1] > 0) & (before[1] > 0)
-            # The benchmark hands on the state of the slot's game before.
-            begun = ((shown[0] == 1) & ((before[0] > 1) | other) & self.clear_state)[None, :, None]
+            begun = (shown[0] == 1) & ((before[0] > 1) | other) & self.clear_state  # the benchmark hands on the state of the game before
             shown = torch.where(shown > 0, shown, before)
-            no_action = getattr(self.backbone, "no_action", 0)
-            inputs["prev_actions"] = inputs["prev_actions"].masked_fill(begun[0], no_action)
+            inputs["prev_actions"] = inputs["prev_actions"].masked_fill(begun, self.no_action)
             state = tuple(part.masked_fill(begun, 0.0) for part in state)
         logits, _, state = self(inputs, state)
         actions = Categorical(logits=logits[:, -1] / self.temperature).sample()
-        return actions.cpu().numpy(), (*state, shown[:1, :, None], shown[1:, :, None])
+        return actions.cpu().numpy(), (*state, shown)
 
 
 class OfflineAlgorithm:
@@ -1761,7 +1760,6 @@ class OfflineAlgorithm:
         self.hyper = awr_config(getattr(config, "algorithm", {}))
         self.gamma, self.device = config.gamma, device
         self.model = Model(backbone, self.hyper.head_dim, self.hyper.temperature, bool(self.hyper.clear_state)).to(device)
-        self.no_action = getattr(backbone, "no_action", 0)  # the benchmark's backbone has no index for it
         self.advantage_square = torch.zeros((), device=device)  # running mean of the squared advantage; 0: none seen yet
         self.info_as_tensors = False  # a loop may set it, to read `info` without waiting for the GPU at every step
 
@@ -1832,7 +1830,7 @@ class OfflineAlgorithm:
             resets[:, 0] = batch["starts"]
         inputs = {name: batch[name] for name in self.model.observations}
         previous = torch.cat([prev_actions.long().view(-1, 1), actions[:, :-1]], dim=1)
-        inputs["prev_actions"] = previous.masked_fill(resets, self.no_action)
+        inputs["prev_actions"] = previous.masked_fill(resets, self.model.no_action)
         names = sorted(inputs)
 
         state = self._burn_in(rnn_states, names, resets[:, 0], split)
@@ -1892,8 +1890,8 @@ class OfflineAlgorithm:
         return loss, info
 
     def _value_loss(self, values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The squared error up to 1 and linear beyond: the benchmark's first rewards are divided by the scale of none before them and
-        come out at the clip, tens of times the later ones; squared they drown what the policy learns from the shared LSTM."""
+        """The squared error up to 1, linear beyond (Huber). The benchmark divides its first rewards by a running scale that is still
+        near zero, so they come out at the clip, far above all later ones; squared, their errors would drown the policy's loss."""
         return masked_mean(2.0 * F.huber_loss(values, targets, reduction="none"), mask)
 
     def _readable(self, info: Dict[str, torch.Tensor]) -> Dict[str, Any]:

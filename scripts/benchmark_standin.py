@@ -261,10 +261,11 @@ def run_training(algo: Any, config: TrainConfig, batches: Iterator[Dict[str, np.
     scaler = torch.amp.GradScaler(kind, enabled=autocast is torch.float16)
     named = list(algo.model.named_parameters())
     assert all(parameter.requires_grad for _, parameter in named), "the weight-decay split asserts a gradient of every parameter"
-    decayed = [parameter for name, parameter in named if "weight" in name and "norm" not in name and "bn" not in name]
-    others = [parameter for name, parameter in named if not ("weight" in name and "norm" not in name and "bn" not in name)]
-    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}],
-                                  lr=config.learning_rate)
+    groups: Dict[bool, List[nn.Parameter]] = {True: [], False: []}  # with weight decay and without
+    for name, parameter in named:
+        groups["weight" in name and "norm" not in name and "bn" not in name].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": groups[False], "weight_decay": 0.0},
+                                   {"params": groups[True], "weight_decay": config.weight_decay}], lr=config.learning_rate)
     rewards = RewardScaler(config.gamma, config.clip_range)
     # The first is 0, which is a real action (north).
     prev_actions = torch.zeros((config.batch_size, 1), dtype=torch.long, device=device)

@@ -466,7 +466,7 @@ def test_acting_begins_anew_where_a_new_game_shows(clear_state):
 
     _, state = act(["T:7", "T:9", one, "T:30", "T:2", one, one], None)
     _, state = act(["T:8", "T:9", one, "a menu", "a menu", "a menu", "T:1"], state)
-    assert state[2].flatten().tolist() == [8, 9, 1, 30, 2, 1, 1] and state[2].shape == state[3].shape == (1, 7, 1)
+    assert state[2][0].flatten().tolist() == [8, 9, 1, 30, 2, 1, 1] and state[2].shape == (2, 7, 1) and len(state) == 3
     seen, after = act(["T:8", "T:1", one, "T:1", "a menu", other, one], state)
     begun = torch.tensor([False, True, False, True, False, True, False]) & clear_state
     seen["prev_actions"] = np.where(begun.numpy(), pomdp.NO_ACTION, 3)
