@@ -139,6 +139,17 @@ def test_crop_shows_the_cells_round_the_cursor():
                 assert crops[index, i, j] == expected
 
 
+@pytest.mark.parametrize("copies", [64, 7])
+def test_looking_up_in_copies_of_the_table_gives_what_one_table_gives(copies):
+    cells = torch.randint(0, 50, (3, 24, 80), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    tables = [torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    found = [pomdp.look_up(cells, table, number) for table, number in zip(tables, (1, copies))]
+    assert found[1].shape == (3, 4, 24, 80) and torch.equal(*found)
+    for cells_found in found:
+        (cells_found * torch.arange(cells_found.numel()).view_as(cells_found).cos()).sum().backward()
+    torch.testing.assert_close(tables[0].grad, tables[1].grad, rtol=1e-5, atol=1e-4)
+
+
 def test_every_input_reaches_the_backbones_output():
     backbone = small_backbone().eval()
     inputs = {**random_observations(1, 1), "prev_actions": torch.tensor([[5]])}
