@@ -1,602 +1,429 @@
-"""How fast each part is, side by side with what users had before, in one run.
+"""How fast each part is, side by side with what there was before, in one run.
 
-    python scripts/benchmark.py --data_path DATA_DIR [--rows read,build,act,play,evaluate,train,ranks,grow] [--repeats 5]
-                                [--katakomba CHECKOUT] [--json FILE]
+    python scripts/benchmark.py --data_path DATA_DIR --katakomba CHECKOUT --json scripts/results/benchmark.json
+    python scripts/benchmark.py --table scripts/results/benchmark.json   # its rows as a Markdown table
 
-Every row times ours and theirs alternately, `--repeats` times each, and gives medians, the spread (quartiles over the
-median) and, last, the ratio ours / theirs of the medians. Machines are shared and noisy: trust the ratio, never one time.
-Ours runs with the memory settings that the script gives itself (keep_freed_memory), another's network in a process of its
-own with glibc's usual ones, as its users would have it.
+Both sides of every row take turns (ours, baseline, ours, ...), `--repeats` times after a first one that warms up. A row
+shows the median and in brackets the lowest and highest of each side, and how many times better the median of ours is.
+float32 and bfloat16 are set against the same timings of one baseline. Machines are shared and noisy: trust the ratio.
+Ours runs with the memory settings that the script gives itself (keep_freed_memory), another's network in a process of
+its own with glibc's usual ones, as its users would have it.
 
-read      frames/s of one core: the chunk store's batches against nle.dataset's TtyrecDataset on the same games, and against
-          Katakomba's gzip and memmap readers on some of them; bytes a frame and peak memory beside them
-build     frames/s of one core at which a store is made, against TtyrecDataset's decoding alone
-act       model steps/s on the CPU at full size: the packed step (float32, and bfloat16) against nn.LSTM at every step; the
-          share of equal greedy actions on recorded games (of the policy in --checkpoint, or an untrained one)
-play      game steps/s without a policy: the evaluation's workers against AsyncVectorEnv, 8 games, all cores
-evaluate  game steps/s with the full-size policy, 8 games, against a loop over AsyncVectorEnv and nn.LSTM
-train     transitions/s of a whole update, loading included, at the benchmark's batch (64 x 16) and at ours, against
-          Katakomba's IQL update (without its loading and rendering); share of the time waiting for data, share of what the
-          chip does in a large matrix product; on a CUDA GPU if there is one, otherwise on the CPU
-ranks     transitions/s of whole runs under torchrun, 2 processes against 1, the same rows in all
-grow      read and train at 1, 4, 16 and 64 times the games (repeated) and on 1 and 2 cores, each in a process of its own,
-          with its peak memory; and from these a worked estimate for all of NLD-AA
+read    frames/s of one core: the chunk store's batches against nle.dataset's TtyrecDataset on the same games, and the
+        first of them against Katakomba's own buffer (--katakomba), from its gzip and its memmap files
+bytes   bytes a frame in the store (its index apart) against the raw screen's characters and colours
+build   frames/s of one core at which a store is made, against nle.dataset's converter on the same games, nothing kept
+act     model steps/s on the CPU: the packed step against nn.LSTM in float32 called at every step, encoders, head and
+        drawing of actions included; for bfloat16 the share of likeliest actions that stay the same (untrained weights)
+play    game steps/s with 8 games on all cores, without a policy: the evaluation's workers against AsyncVectorEnv
+train   transitions/s of whole updates, loading included (the share of time waiting for it is noted), on a CUDA GPU if
+        there is one, against the update of Katakomba's IQL at the same size (--katakomba): on pictures that are ready,
+        its reading and rendering left out; float32 on a CPU, its own fp16 on a GPU
 """
 
 import argparse
 import contextlib
+import hashlib
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
-import platform
+import re
+import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import benchmark_katakomba as katakomba
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
-from study import cpu_name
 
 import custom_nethack_pomdp as pomdp
 
-ROWS = ("read", "build", "act", "play", "evaluate", "train", "ranks", "grow")
-NLD_AA_GAMES, NLD_AA_FRAMES = 109_545, 3_481_605_009  # arXiv 2211.00539, table 1
+NLD_AA_FRAMES = 3_481_605_009  # arXiv 2211.00539, table 1
+Row = Dict[str, Any]
+Speed = Callable[[], float]  # units a second
+again: Speed  # in a process of its own
 
 
-def once(work: Callable[[], float]) -> float:
-    """Units of work a second of one call; `work` returns how many units it did."""
-    begin = time.perf_counter()
-    units = work()
-    return units / (time.perf_counter() - begin)
+# --- timing
+def rate(action: Callable[[], Any], calls: int, units: float) -> Speed:
+    """Of so many calls, each of which does so many units of work."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            action()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return calls * units / (time.perf_counter() - start)
+
+    return timed
 
 
-def serve(pipe: Any, make: Callable[..., Callable[[], float]], arguments: Any) -> None:
-    """In a process of its own: does make(*arguments)() whenever it is asked to, and answers with units a second."""
-    work = make(*arguments)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while pipe.recv():
-            pipe.send(once(work))
+def begin(make: Callable[..., Speed], arguments: Any) -> None:
+    global again
+    again = make(*arguments)
 
 
-class Elsewhere:
-    """Work that is done and timed in a process of its own."""
-
-    def __init__(self, make: Callable[..., Callable[[], float]], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, make, arguments))
-        self.process.start()
-        theirs.close()
-
-    def speed(self) -> float:
-        self.pipe.send(True)
-        return float(self.pipe.recv())
-
-    def close(self) -> None:
-        self.pipe.send(False)
-        self.process.join()
+def once_more() -> float:
+    return again()
 
 
-def speed_of(work: Any) -> float:
-    return work.speed() if isinstance(work, Elsewhere) else once(work)
+@contextlib.contextmanager
+def elsewhere(make: Callable[..., Speed], *arguments: Any) -> Iterator[Speed]:
+    """make(*arguments), made and timed in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, begin, (make, arguments)) as process:
+        yield lambda: process.submit(once_more).result()
 
 
-def compare(row: str, what: str, unit: str, ours: Callable[[], float], theirs: Any, repeats: int,
-            quiet: bool = False, **extra: Any) -> Dict[str, Any]:  # fmt: skip
-    """Times both alternately; -> the row of the table, shown unless `quiet`."""
-    speeds: Dict[str, List[float]] = {"ours": [], "theirs": []}
-    ours()  # caches, compilers and worker processes warm up
+def make_row(row: str, what: str, unit: str, ours: List[float], baseline: List[float], fewer: bool = False) -> Row:
+    """`fewer` units are better."""
+    result: Row = {"row": row, "what": what, "unit": unit, "repeats": len(ours)}
+    for side, values in (("ours", ours), ("baseline", baseline)):
+        result[side] = statistics.median(values) if values else None
+        result[f"{side}_range"] = [min(values), max(values)] if values else None
+    ratio = result["ours"] / result["baseline"] if baseline else None
+    return {**result, "ratio": 1 / ratio if ratio and fewer else ratio}
+
+
+def compare(row: str, unit: str, ours: Dict[str, Speed], baseline: Optional[Speed], repeats: int) -> List[Row]:
+    """Times all sides in turn -> a row for each of ours, against the same timings of the baseline."""
+    sides = {**ours, "baseline": baseline}
+    speeds: Dict[str, List[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
-        if turn:
-            speeds["ours"].append(once(ours))
-        if theirs is not None:
-            speed = speed_of(theirs)
-            speeds["theirs"] += [speed] if turn else []  # its first call warms up too
-    median = statistics.median(speeds["ours"])
-    base = statistics.median(speeds["theirs"]) if theirs is not None else None
-    quartiles = np.percentile(speeds["ours"], [25, 75])
-    result = {"row": row, "what": what, "ours": median, "theirs": base,
-              "ratio": median / base if base else None, "unit": unit, "repeats": repeats,
-              "spread": float((quartiles[1] - quartiles[0]) / median), **extra}  # fmt: skip
-    if not quiet:
-        show(result)
-    return result
+        for name, side in sides.items():
+            speed = side() if side else None
+            if turn and speed:
+                speeds[name].append(speed)
+    return [make_row(row, what, unit, speeds[what], speeds["baseline"]) for what in ours]
 
 
-def show(row: Dict[str, Any]) -> None:
-    theirs = f"{row['theirs']:>11,.0f}" if row["theirs"] else f"{'-':>11}"
-    shown = ("row", "what", "ours", "theirs", "ratio", "unit", "repeats", "spread")
-    notes = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                      for name, value in row.items() if name not in shown)  # fmt: skip
-    ratio = f"{row['ratio']:>7.2f} x" if row["ratio"] else f"{'-':>9}"
-    print(f"{row['row']:<8} {row['what']:<63} {row['ours']:>11,.0f} {theirs} {row['unit']:<13} +-{row['spread']:>4.0%} {ratio}", flush=True)
-    if notes:
-        print(f"{'':<8}   {notes}", flush=True)
+# --- reading and building
+def make_loader(options: argparse.Namespace, rows: int, steps: int) -> Any:
+    store = pomdp.open_or_build_store(options.data_path, options.store_path, options.character)
+    games = pomdp.Games([store])
+    config = pomdp.TrainConfig(character=options.character, seq_len=steps, device="cpu")
+    return pomdp.ChunkLoader(games, np.arange(len(games.frames)), config, rows, 100.0)
 
 
-def peak_memory_mb() -> int:
-    """Of this process since it began (getrusage would count what its parent held when it was made)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
+def read_ours(options: argparse.Namespace, rows: int, steps: int) -> Speed:
+    loader, position = make_loader(options, rows, steps), itertools.count()
+    return rate(lambda: loader.batch_at(next(position)), 40, rows * steps)
 
 
-class Data:
-    """The games of one character, their store, and nle.dataset over the same games."""
+def read_nle(options: argparse.Namespace, folder: str, rows: int, steps: int) -> Speed:
+    """nle.dataset's own reader over the same games."""
+    from nle import dataset as nld
 
-    def __init__(self, data_path: str, character: str, folder: str, times: int = 1) -> None:
-        self.found = pomdp.find_games(data_path, character)
-        self.store = pomdp.open_or_build_store(data_path, folder, character)
-        self.games = pomdp.Games([self.store] * times)
-        self.data_path, self.folder, self.character = data_path, folder, character
-
-    def loader(self, rows: int, steps: int, threads: int = 1, seed: Optional[int] = 0) -> Any:
-        return pomdp.ChunkLoader(self.games, range(len(self.games.frames)), rows, steps, seed, 100.0, 10.0, threads=threads)
-
-    def ttyrec_dataset(self, rows: int, steps: int) -> Any:
-        """nle.dataset's own reader over the folders of these games."""
-        from nle import dataset as nld
-
-        database = os.path.join(self.folder, "ttyrecs.db")
-        if not os.path.exists(database):
-            nld.db.create(database)
-            nld.populate_db.add_nledata_directory(os.path.abspath(self.data_path), "games", database)
-        role, race, align = self.character.split("-")
-        select = "SELECT gameid FROM games WHERE lower(role)=? AND lower(race)=? AND lower(align0)=?"
-        return nld.TtyrecDataset("games", batch_size=rows, seq_length=steps, dbfilename=database, shuffle=False, loop_forever=True,
-                                 subselect_sql=select, subselect_sql_args=(role, race, align))  # fmt: skip
+    database = os.path.join(folder, "ttyrecs.db")
+    if not os.path.exists(database):
+        nld.db.create(database)
+        with contextlib.redirect_stdout(sys.stderr):
+            xlogfile = next(Path(options.data_path).resolve().rglob("*.xlogfile"))
+        nld.populate_db.add_nledata_directory(str(xlogfile.parent.parent), "games", database)
+    settings: Dict[str, Any] = dict(dbfilename=database, shuffle=False, loop_forever=True, seq_length=steps)
+    settings["subselect_sql"] = "SELECT gameid FROM games WHERE lower(role || '-' || race || '-' || align0) = ?"
+    settings["subselect_sql_args"] = (options.character,)
+    rows = min(rows, len(nld.TtyrecDataset("games", batch_size=1, **settings)._gameids))
+    batches = iter(nld.TtyrecDataset("games", batch_size=rows, **settings))
+    return rate(partial(next, batches), 10, rows * steps)
 
 
-def read_ours(data: Data, rows: int, steps: int, threads: int = 1) -> Callable[[], float]:
-    loader, position = data.loader(rows, steps, threads), iter(range(10**9))
-
-    def read() -> float:
-        for _ in range(40):
-            loader.batch_at(next(position))
-        return 40 * rows * steps
-
-    return read
-
-
-def read_batches(batches: Callable[[], Any], count: int, frames: int) -> Callable[[], float]:
-    def read() -> float:
-        for _ in range(count):
-            batches()
-        return count * frames
-
-    return read
+def bench_read(options: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        for rows, steps in ((64, 16), (64, 32)):
+            ours = {f"{rows} x {steps} against TtyrecDataset": read_ours(options, rows, steps)}
+            yield from compare("read", "frames/s", ours, read_nle(options, folder, rows, steps), options.repeats)
+        for mode in ("compressed", "memmap") if options.katakomba else ():
+            buffer = katakomba_buffer(options, folder, mode)
+            ours = {f"64 x 16 against Katakomba's buffer, {mode}": read_ours(options, 64, 16)}
+            yield from compare("read", "frames/s", ours, rate(buffer.sample, 2, 64 * 16), options.repeats)
+            buffer.close(clear_cache=False)
 
 
-def bench_read(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    results, games = [], len(data.games.frames)
-    extra: Dict[str, Any] = {"bytes_a_frame": round(data.store.meta["bytes"] / data.store.meta["frames"], 1)}
-    for rows, steps in ((64, 16), (64, 32)):
-        theirs = read_batches(partial(next, iter(data.ttyrec_dataset(min(rows, games), steps))), 10, min(rows, games) * steps)
-        memory: Dict[str, Any] = {"peak_memory_mb": in_process(measure_read, options, 1, 1, rows, steps)["memory"]}
-        what = f"chunk store against TtyrecDataset, one core, {rows} x {steps}"
-        results.append(compare("read", what, "frames/s", read_ours(data, rows, steps), theirs, options.repeats, **extra, **memory))
-    if options.katakomba:
-        with tempfile.TemporaryDirectory() as folder:
-            few = [int(game) for game in np.argsort(data.games.frames)[: min(6, games)]]
-            path = Path(folder, f"data-{data.character}-any.hdf5")
-            frames = katakomba.write_hdf5(path, data.games, few)
-            for mode in ("compressed", "memmap"):
-                buffer = katakomba.open_buffer(options.katakomba, Path(folder), data.character, mode, 64, 16)
-                what = f"chunk store against Katakomba's {'gzip' if mode == 'compressed' else mode} reader, one core, 64 x 16"
-                size = os.path.getsize(path) / frames if mode == "compressed" else 2 * pomdp.CELLS + 13
-                note: Dict[str, Any] = {"katakomba_bytes_a_frame": round(size)}
-                results.append(compare("read", what, "frames/s", read_ours(data, 64, 16), read_batches(buffer.sample, 2, 1024),
-                                       options.repeats, **note))  # fmt: skip
-                buffer.close(clear_cache=False)
-    return results
+def bench_bytes(options: argparse.Namespace) -> Iterator[Row]:
+    store = pomdp.open_or_build_store(options.data_path, options.store_path, options.character)
+    size, index = (os.path.getsize(store.folder / name) / store.frames.sum() for name in ("frames.bin", "index.npz"))
+    row = make_row("bytes", "in the store against raw", "bytes a frame", [size], [2.0 * pomdp.ROWS * pomdp.COLS], True)
+    yield {**row, "index": float(index), "all_of_nld_aa_gb": (size + index) * NLD_AA_FRAMES / 1e9}
 
 
-def bench_build(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    by_size = sorted(data.found.games, key=lambda game: game.size)
-    some = by_size[len(by_size) // 4 : len(by_size) // 2 + 1 : max(1, len(by_size) // 8)]  # three games, not among the longest
-
-    def ours() -> float:
-        return sum(pomdp.encode_game(game).frames for game in some)
-
-    def theirs() -> float:
-        return sum(len(piece.chars) for game in some for piece in decode_only(game.path))
-
-    row = compare("build", "making the store against decoding alone, one core", "frames/s", ours, theirs, options.repeats)
-    options.build_speed = row["ours"]
-    return [row]
-
-
-def decode_only(path: str) -> Any:
-    """nle.dataset's converter, which TtyrecDataset runs in its threads, and nothing else."""
+def decode(game: Any) -> None:
     decoder = pomdp.ttyrec_converter.Converter(pomdp.ROWS, pomdp.COLS, 3)
-    decoder.load_ttyrec(path, gameid=1, part=0)
-    arrays: List[Any] = [np.empty((1024, 24, 80), np.uint8), np.empty((1024, 24, 80), np.int8), np.empty((1024, 2), np.int16),
-              np.empty(1024, np.int64), np.empty(1024, np.uint8), np.empty(1024, np.int32)]  # fmt: skip
-    remaining = 0
-    while remaining == 0:
-        remaining = decoder.convert(*arrays)
-        yield pomdp.Frames(arrays[0][: 1024 - remaining], *arrays[1:])
+    decoder.load_ttyrec(game.path, gameid=1, part=0)
+    arrays: List[Any] = [np.empty((1024, pomdp.ROWS, pomdp.COLS), kind) for kind in (np.uint8, np.int8)]
+    arrays += [np.empty((1024, 2), np.int16), *(np.empty(1024, kind) for kind in (np.int64, np.uint8, np.int32))]
+    while decoder.convert(*arrays) == 0:
+        pass
 
 
-def full_model(checkpoint: Optional[str] = None) -> Any:
+def bench_build(options: argparse.Namespace) -> Iterator[Row]:
+    games = sorted(pomdp.find_games(options.data_path, options.character)[0], key=lambda game: game.size)
+    some = games[len(games) // 4 : len(games) // 2 + 1 : max(1, len(games) // 8)]  # three, not among the longest
+    encoded = [game for game in map(pomdp.encode_game, some) if not isinstance(game, str)]
+    frames = sum(part["frames"] for _, part in encoded)  # both sides count those that the store keeps
+    ours = rate(lambda: list(map(pomdp.encode_game, some)), 1, frames)
+    baseline = rate(lambda: list(map(decode, some)), 1, frames)
+    (row,) = compare("build", "frames/s", {"one core against decoding alone": ours}, baseline, options.repeats)
+    yield {**row, "all_of_nld_aa_core_hours": NLD_AA_FRAMES / row["ours"] / 3600}
+
+
+# --- acting and playing
+@cache
+def make_model(units: int, dtype: Optional[torch.dtype]) -> Any:
+    """Acts with the packed step in `dtype`, or, if that is None, with nn.LSTM at every step, as a plain loop would."""
     torch.manual_seed(0)
-    model = pomdp.Model(pomdp.ModelBackbone(pomdp.NUM_ACTIONS)).eval()
-    if checkpoint:
-        model.load_state_dict(pomdp.read_checkpoint(Path(checkpoint))["model"])
+    model = pomdp.Model(pomdp.ModelBackbone(pomdp.NUM_ACTIONS, units)).eval()
+    if dtype is None:
+        model.backbone._step = lambda features, state: model.backbone.rnn(features[:, None], state)
+    else:
+        model.backbone.acting_dtype = dtype
     return model
 
 
-def observations(data: Data, rows: int) -> Dict[str, np.ndarray]:
-    batch = data.loader(rows, 1).batch_at(5)
-    return {name: batch[name][:, 0].numpy() for name in pomdp.OBSERVATIONS}
+def acting(units: int, dtype: Optional[torch.dtype], obs: Dict[str, np.ndarray]) -> Speed:
+    model, state = make_model(units, dtype), None
+
+    def step() -> None:
+        nonlocal state
+        _, state = model.vec_act(obs, state)
+
+    return rate(step, 10, 1)
 
 
-class PlainModel(torch.nn.Module):
-    """The same model with nn.LSTM called at every step, as a loop without the packed step would."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def _plainly(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        backbone = self.model.backbone
-        backbone._step, step = lambda features, state: backbone.rnn(features[:, None], state), backbone._step
-        try:
-            return function(*arguments)
-        finally:
-            backbone._step = step
-
-    def forward(self, inputs: Any, state: Any = None) -> Any:
-        return self._plainly(self.model, inputs, state)
-
-    def vec_act(self, obs: Any, state: Any = None, device: str = "cpu") -> Any:
-        return self._plainly(self.model.vec_act, obs, state, device)
+@torch.no_grad()
+def likeliest_actions(model: Any, batch: Dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, T] on recorded frames, from step to step as in a game."""
+    inputs, state, actions = {name: batch[name] for name in pomdp.OBSERVATIONS}, None, []
+    inputs["prev_actions"] = torch.cat([batch["prev_actions"], batch["actions"][:, :-1]], dim=1)
+    for t in range(batch["mask"].shape[1] - 1):
+        core_output, state = model.backbone({name: value[:, t : t + 1] for name, value in inputs.items()}, state)
+        actions.append(model.head(core_output)[0].argmax(-1))
+    return torch.cat(actions, dim=1)
 
 
-def greedy_agreement(model: Any, plain: PlainModel, data: Data, frames: int = 60) -> float:
-    """Share of equal likeliest actions of both, each with its own state, over the first frames of 8 recorded games."""
-    loader = pomdp.ChunkLoader(data.games, range(min(8, len(data.games.frames))), 8, frames, None, 100.0, 10.0)
-    batch = loader.batch_at(0)
-    equal, states = [], [None, None]
-    for step in range(frames):
-        obs = {name: batch[name][:, step].numpy() for name in pomdp.OBSERVATIONS}
-        previous = batch["prev_actions"][:, 0] if step == 0 else batch["actions"][:, step - 1]
-        choices = []
-        for side, actor in enumerate((model, plain)):
-            actor.eval()
-            with torch.no_grad():
-                inputs = {name: torch.as_tensor(array)[:, None] for name, array in {**obs, "prev_actions": previous.numpy()}.items()}
-                logits, _, states[side] = actor(inputs, states[side])
-            choices.append(logits[:, -1].argmax(-1))
-        equal.append((choices[0] == choices[1]).float().mean().item())
-    return float(np.mean(equal))
-
-
-def bench_act(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    model = full_model(options.checkpoint)
-    plain, results = PlainModel(model), []
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        model.backbone.acting_dtype = dtype
-        agreement: Dict[str, Any] = {"equal_greedy_actions": greedy_agreement(model, plain, data),
-                                     "policy": "trained" if options.checkpoint else "untrained"}  # fmt: skip
-        for rows in (1, 8, 14, 32):
-            obs = {**observations(data, rows), "prev_actions": np.zeros(rows, np.int64)}
-
-            theirs = Elsewhere(plain_acting, obs)
-            what = f"packed step in {precision} against nn.LSTM, {rows} games"
-            results.append(compare("act", what, "steps/s", acting(model, obs), theirs, options.repeats, **(agreement if rows == 8 else {})))
-            theirs.close()
-    return results
-
-
-def acting(actor: Any, obs: Dict[str, np.ndarray]) -> Callable[[], float]:
-    def steps() -> float:
-        state = None
-        for _ in range(10):
-            _, state = actor.vec_act(obs, state)
-        return 10
-
-    return steps
-
-
-def plain_acting(obs: Dict[str, np.ndarray]) -> Callable[[], float]:
-    return acting(PlainModel(full_model()), obs)
-
-
-def make_async_env(character: str) -> Any:
-    """Eight games, a process each."""
-    import gymnasium
-
-    return gymnasium.vector.AsyncVectorEnv([partial(plain_env, character)] * 8, shared_memory=True)
+def bench_act(options: argparse.Namespace) -> Iterator[Row]:
+    units, dtypes = options.rnn_hidden_dim, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    batch = make_loader(options, 8, 60).batch_at(0)
+    usual = likeliest_actions(make_model(units, None), batch)
+    equal = {name: likeliest_actions(make_model(units, dtype), batch) == usual for name, dtype in dtypes.items()}
+    for rows in (1, 8, 32):
+        frame = make_loader(options, rows, 1).batch_at(5)
+        obs = {name: frame[name][:, 0].numpy() for name in pomdp.OBSERVATIONS}
+        obs["prev_actions"] = np.zeros(rows, np.int64)
+        what = {name: f"{name}, {rows} games, against nn.LSTM" for name in dtypes}
+        ours = {what[name]: acting(units, dtype, obs) for name, dtype in dtypes.items()}
+        with elsewhere(acting, units, None, obs) as baseline:
+            found = compare("act", "steps/s", ours, baseline, options.repeats)
+        for name, row in zip(dtypes, found):
+            yield {**row, **({"equal_actions": float(equal[name].float().mean())} if rows == 8 else {})}
 
 
 def plain_env(character: str) -> Any:
-    from nle import nethack
-    from nle.env.tasks import NetHackScore
-
-    return NetHackScore(character=character, actions=nethack.ACTIONS, allow_all_modes=True, allow_all_yn_questions=True, penalty_step=0.0,
-                        penalty_time=0.0, max_episode_steps=10**9,
-                        observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"))  # fmt: skip
+    options: Dict[str, Any] = dict(character=character, actions=pomdp.nethack.ACTIONS, max_episode_steps=10**9)
+    options.update(allow_all_modes=True, allow_all_yn_questions=True, penalty_step=0.0, penalty_time=0.0)
+    return pomdp.NetHackScore(observation_keys=("tty_chars", "tty_colors", "tty_cursor", "blstats"), **options)
 
 
-COMPASS = list(range(16))  # moves and runs: safe keys that keep games going
+def bench_play(options: argparse.Namespace) -> Iterator[Row]:
+    import gymnasium
 
-
-def bench_play(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    actions = np.random.default_rng(0).choice(COMPASS, (1000, 8))
-    envs, pool = make_async_env(data.character), pomdp.GamePool(8)
-    envs.reset()
-    pool.begin(data.character, 100_000, 0, 10**6)
-
-    def ours() -> float:
-        for chosen in actions:
-            pool.step(chosen)
-        return actions.size
-
-    def theirs() -> float:
-        for chosen in actions:
-            envs.step(chosen)
-        return actions.size
-
+    keys = itertools.cycle(np.random.default_rng(0).choice(16, (1000, 8)))  # moves and runs, which keep games going
+    envs = gymnasium.vector.AsyncVectorEnv([partial(plain_env, options.character)] * 8, shared_memory=True)
+    pool = pomdp.GamePool(pomdp.TrainConfig(character=options.character, eval_processes=8))
     try:
-        return [compare("play", "evaluation workers against AsyncVectorEnv, 8 games", "game steps/s", ours, theirs, options.repeats)]
+        envs.reset()
+        pool.tell((options.character, 10**6))
+
+        def ours() -> None:
+            _ = {name: pool.slots[name].copy() for name in pomdp.OBSERVATIONS}  # what the policy would be given
+            pool.slots["actions"] = next(keys)
+            pool.tell()
+
+        sides = {"8 games against AsyncVectorEnv": rate(ours, 1000, 8)}
+        baseline = rate(lambda: envs.step(next(keys)), 1000, 8)
+        yield from compare("play", "game steps/s", sides, baseline, options.repeats)
     finally:
         pool.close()
         envs.close()
 
 
-TICKS = 25  # of a timed evaluation
+# --- training
+def bench_train(options: argparse.Namespace) -> Iterator[Row]:
+    names = ("character", "data_path", "store_path", "rnn_hidden_dim")
+    settings = {name: getattr(options, name) for name in names}
+    for rows, steps in options.sizes:
+        ours, trainers, baseline = {}, [], contextlib.nullcontext()  # type: Dict[str, Speed], List[Any], Any
+        for precision in ("fp32", "bf16"):
+            config = pomdp.TrainConfig(batch_size=rows, seq_len=steps, precision=precision, **settings)
+            trainers.append(trainer := pomdp.Trainer(None, config))
+            update = partial(trainer.update, pomdp.read_ahead(trainer.loader.batch_at, 0))
+            what = f"{precision}, {rows} x {steps} on {trainer.device.type}"
+            what += ", against Katakomba's IQL" if options.katakomba else ""
+            calls = 20 if trainer.device.type == "cuda" else 1
+            ours[what] = rate(update, calls, rows * steps)
+        if options.katakomba:
+            sizes = (rows, steps, options.rnn_hidden_dim)
+            baseline = elsewhere(katakomba_iql, options.katakomba, *sizes, str(trainer.device), calls)
+        with baseline as speed:
+            found = compare("train", "transitions/s", ours, speed, options.repeats)
+        for row, trainer in zip(found, trainers):
+            yield {**row, "waiting_for_data": trainer.seconds[0] / trainer.seconds.sum()}
 
 
-def plain_evaluation(character: str) -> Callable[[], float]:
-    """A loop like Katakomba's vec_evaluate over the same network: one environment a process, nn.LSTM at every step."""
-    plain, envs = PlainModel(full_model()), make_async_env(character)
-    raw, _ = envs.reset()
-
-    def evaluate() -> float:
-        obs, state, previous = raw, None, np.zeros(8, np.int64)
-        for _ in range(TICKS):
-            frame = {name: np.asarray(obs[name]) for name in pomdp.OBSERVATIONS}
-            frame["blstats"] = frame["blstats"].astype(np.int32)
-            previous, state = plain.vec_act({**frame, "prev_actions": previous}, state)
-            obs, *_ = envs.step(previous)
-        return 8 * TICKS
-
-    return evaluate
+# --- Katakomba's own code, out of a checkout: its packages need not be installed
+IQL = "algorithms/small_scale/iql_chaotic_lstm.py"
 
 
-def bench_evaluate(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    results, pool = [], pomdp.GamePool(8)
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        model, theirs = full_model(), Elsewhere(plain_evaluation, data.character)
-        model.backbone.acting_dtype = dtype
+def katakomba_buffer(options: argparse.Namespace, folder: str, mode: str) -> Any:
+    """Its SequentialBuffer over the six smallest games in its own layout; mode: compressed (gzip) or memmap."""
+    import h5py
 
-        def ours(model: Any = model) -> float:
-            return sum(game.length for game in pomdp.play_games(pool, model, data.character, 8, 0, TICKS, torch.device("cpu")))
-
-        what = f"play_games in {precision} against AsyncVectorEnv and nn.LSTM, 8 games"
-        results.append(compare("evaluate", what, "game steps/s", ours, theirs, options.repeats))
-        theirs.close()
-    pool.close()
-    return results
-
-
-def make_trainer(data: Data, folder: str, rows: int, steps: int, threads: int) -> Any:
-    config = pomdp.TrainConfig(character=data.character, data_path=data.data_path, store_path=data.folder, checkpoints_path=folder,
-                               batch_size=rows, seq_len=steps, clip_grad_norm=1.0, data_workers=threads)  # fmt: skip
-    return pomdp.Trainer(config)
-
-
-def updates(trainer: Any, stream: Any, count: int) -> Callable[[], float]:
-    def run() -> float:
-        for _ in range(count):
-            trainer.update(stream, timed=False)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        return count * trainer.config.batch_size * trainer.config.seq_len
-
-    return run
+    games, _ = pomdp.find_games(options.data_path, options.character)
+    with h5py.File(Path(folder, f"data-{options.character}-any.hdf5"), "w") as file:
+        for number, game in enumerate(sorted(games, key=lambda game: game.size)[:6]):
+            frames = pomdp.read_ttyrec(game.path)
+            columns = dict(tty_chars=frames.chars, tty_colors=frames.colors, tty_cursor=frames.cursor.astype(np.int16))
+            columns.update(actions=frames.actions.astype(np.int16), dones=np.arange(len(frames.actions)) < 0)
+            columns.update(rewards=np.diff(frames.scores, append=0))
+            for name, column in columns.items():
+                file.create_dataset(f"{number}/{name}", data=column, compression="gzip")
+    sys.path.insert(0, options.katakomba)
+    names = ("utils.roles", "utils.datasets.small_scale", "utils.datasets.small_scale_buffer")
+    roles, small_scale, buffer = (importlib.import_module(f"katakomba.{name}") for name in names)
+    vars(small_scale).update(DATA_PATH=folder, CACHE_PATH=folder)
+    parts = zip((roles.Role, roles.Race, roles.Alignment), options.character.split("-"))
+    dataset = small_scale.NLDSmallDataset(*(kind(part) for kind, part in parts), mode=mode)
+    return buffer.SequentialBuffer(dataset, batch_size=64, seq_len=16, add_next_step=True)
 
 
-def matrix_peak(device: torch.device, precision: Optional[torch.dtype]) -> float:
-    """FLOP/s of a large square matrix product in the precision of training: what the chip is seen to do."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=precision or torch.float32) for _ in range(2))
-    speeds = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        speeds.append(5 * 2 * size**3 / (time.perf_counter() - begin))
-    return max(speeds)
+def katakomba_iql(root: str, rows: int, steps: int, units: int, device: str, calls: int) -> Speed:
+    """Updates of its IQL at its defaults, as in its `train`."""
+    sys.path.insert(0, root)
+    render = mock.MagicMock(SCREEN_SHAPE=(3, 108, 108))  # a C++ extension; 18 x 18 cells of 6 x 6 pixels
+    missing = ("wandb", "gym", "gym.vector", "katakomba.env", "katakomba.utils.datasets", "katakomba.utils.misc")
+    modules = {**{name: mock.MagicMock() for name in missing}, "katakomba.utils.render": render}
+    with mock.patch.dict(sys.modules, modules):
+        iql = runpy.run_path(os.path.join(root, IQL))
+    config, cuda, random = iql["TrainConfig"](), device.startswith("cuda"), np.random.default_rng(0)
+    critic, target = (iql["Critic"](pomdp.NUM_ACTIONS, units, config.rnn_layers).to(device) for _ in range(2))
+    no_decay, decay = iql["filter_wd_params"](critic)
+    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": config.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    scaler, shape = torch.amp.GradScaler("cuda", enabled=cuda), (rows, steps + 1)
+    arrays = {
+        "tty_chars": random.integers(32, 127, (*shape, pomdp.ROWS, pomdp.COLS)),
+        "screen_image": random.integers(0, 256, (*shape, *render.SCREEN_SHAPE)),
+        "actions": random.integers(0, pomdp.NUM_ACTIONS, shape),
+        "rewards": random.normal(size=shape),
+        "dones": np.zeros(shape),
+    }
+    batch = {name: torch.as_tensor(array, dtype=torch.float, device=device) for name, array in arrays.items()}
+    states: List[Any] = [None, None, None]
+    previous = torch.zeros((rows, 1), dtype=torch.long, device=device)
+
+    def update() -> None:
+        nonlocal states, previous
+        actions = batch["actions"]
+        with torch.autocast("cuda", torch.float16, enabled=cuda):
+            parts = (slice(0, -1), slice(1, None))
+            obs, following = ({name: value[:, part].contiguous() for name, value in batch.items()} for part in parts)
+            obs["prev_actions"] = torch.cat([previous, actions[:, :-2].long()], dim=1)
+            following["prev_actions"] = actions[:, :-1].long()
+            now = [obs[name] for name in ("actions", "rewards", "dones")]
+            coefficients = (config.gamma, config.expectile_tau, config.temperature)
+            loss, *states, _ = iql["iql_loss"](critic, target, obs, following, *now, *states, *coefficients)
+        states = [[part.detach() for part in state] for state in states]
+        previous = actions[:, -2, None].long()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        iql["soft_update"](target, critic, config.tau)
+
+    return rate(update, calls, rows * steps)
 
 
-def matrix_flops(trainer: Any) -> float:
-    """FLOP a transition of the LSTM's and the head's matrix products: forward, twice that backward, and the burn-in's forward."""
-    model, burn_in = trainer.algorithm.model, trainer.algorithm.hyper.burn_in
-    lstm = sum(weight.numel() for weight in model.backbone.rnn.parameters() if weight.dim() == 2)
-    head = sum(weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2 and not name.startswith("backbone"))
-    return 6.0 * (lstm + head) + 2.0 * lstm * burn_in / trainer.config.seq_len
+# --- what it says
+BENCHES = {name[6:]: bench for name, bench in list(globals().items()) if name.startswith("bench_")}
+HEADER = "| row | what | ours | baseline | unit | times better | |\n| :--- | :--- | ---: | ---: | :--- | ---: | :--- |"
 
 
-def bench_train(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    results, cuda = [], torch.cuda.is_available()
-    for rows, steps in ((64, 16), (1024, 32) if cuda else (64, 32)):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(data, folder, rows, steps, 8 if cuda else 2)
-            stream = trainer.loader.stream(0)
-            peak = matrix_peak(trainer.device, trainer.precision)
-            ours, theirs = updates(trainer, stream, 20 if cuda else 1), None
-            if options.katakomba:
-                theirs = Elsewhere(katakomba.iql_update, options.katakomba, 64, 16, str(trainer.device))
-            ours()
-            trainer.timers.take()
-            timed: List[float] = []
-
-            def watched(ours: Callable[[], float] = ours, timed: List[float] = timed) -> float:
-                begin = time.perf_counter()
-                units = ours()
-                timed.append(time.perf_counter() - begin)
-                return units
-
-            what = f"update at {rows} x {steps} on {trainer.device}" + " against Katakomba's IQL at 64 x 16" * bool(theirs)
-            row = compare("train", what, "transitions/s", watched, theirs, options.repeats, quiet=True)
-            row["waiting_for_data"] = round(trainer.timers.take()["times/batch_loading_cpu"] / sum(timed), 4)
-            row["share_of_matrix_peak"] = round(row["ours"] * matrix_flops(trainer) / peak, 3)
-            row["peak_memory_mb"] = peak_memory_mb()
-            if cuda:
-                row["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-            show(row)
-            results.append(row)
-            stream.close()
-            trainer.close()
-            if theirs:
-                theirs.close()
-    return results
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def processes_speed(data: Data, processes: int) -> float:
-    """Transitions/s that a run under torchrun logs: 64 rows in all, shared by the processes as are the cores."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"character": data.character, "data_path": data.data_path, "store_path": data.folder, "checkpoints_path": folder,
-                    "batch_size": 64 // processes, "update_steps": 6, "log_every": 3, "eval_episodes": 0,
-                    "eval_heldout_frames": 0}  # fmt: skip
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), pomdp.__file__]
-        command += [token for name, value in settings.items() for token in (f"--{name}", str(value))]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, pomdp.usable_cores() // processes))}
-        said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return float([line for line in said.splitlines() if line.startswith("TRAIN_METRICS")][-1].rsplit("=", 1)[1])
+def line_of(row: Row) -> str:
+    """Of the Markdown table."""
+    known = make_row("", "", "", [1.0], [])
+    cells = [number(row[side]) if row[side] else "-" for side in ("ours", "baseline")]
+    if row["repeats"] > 1:
+        ranges = (row["ours_range"], row["baseline_range"])
+        cells = [f"{cell} ({'..'.join(map(number, span))})" if span else cell for cell, span in zip(cells, ranges)]
+    ratio = f"**{row['ratio']:.2f} x**" if row["ratio"] else "-"
+    notes = ", ".join(f"{name} {number(value)}" for name, value in row.items() if name not in known)
+    return " | ".join(["", row["row"], row["what"], *cells, row["unit"], ratio, notes, ""]).strip()
 
 
-def bench_ranks(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    speeds: Dict[int, List[float]] = {1: [], 2: []}
-    for _ in range(max(1, options.repeats // 2)):
-        for processes, found in speeds.items():
-            found.append(processes_speed(data, processes))
-    ours, theirs = statistics.median(speeds[2]), statistics.median(speeds[1])
-    row = {"row": "ranks", "what": "2 processes against 1 (torchrun), 64 x 16 in all", "ours": ours, "theirs": theirs,
-           "ratio": ours / theirs, "unit": "transitions/s", "repeats": len(speeds[1]),
-           "spread": (max(speeds[2]) - min(speeds[2])) / ours}  # fmt: skip
-    show(row)
-    return [row]
-
-
-# --- how cost grows
-def in_process(work: Callable[..., Dict[str, float]], options: argparse.Namespace, times: int, cores: int, *more: Any) -> Dict[str, float]:
-    """work(options, times, cores, ...) in a fresh process on `cores` cores."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(on_cores, (work, options, times, cores, *more))
-
-
-def on_cores(work: Callable[..., Dict[str, float]], options: argparse.Namespace, times: int, cores: int, *more: Any) -> Dict[str, float]:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    torch.set_num_threads(cores)
-    pomdp.keep_freed_memory()
-    pomdp.say = lambda text: None  # the store was announced once
-    return work(options, times, cores, *more)
-
-
-def measure_read(options: argparse.Namespace, times: int, cores: int, rows: int = 64, steps: int = 32) -> Dict[str, float]:
-    read = read_ours(Data(options.data_path, options.character, options.store_path, times), rows, steps, threads=cores)
-    read()
-    return {"speed": statistics.median(once(read) for _ in range(options.repeats)), "memory": peak_memory_mb()}
-
-
-def measure_train(options: argparse.Namespace, times: int, cores: int) -> Dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(Data(options.data_path, options.character, options.store_path), folder, 64, 16, cores)
-        trainer.games = pomdp.Games(trainer.games.stores * times)
-        loader = trainer._loader(np.arange(len(trainer.games.frames)), 64, 0)
-        stream = loader.stream(0)
-        run = updates(trainer, stream, 20 if trainer.device.type == "cuda" else 1)
-        run()
-        speed = statistics.median(once(run) for _ in range(max(2, options.repeats // 2)))
-        stream.close()
-        trainer.close()
-    return {"speed": speed, "memory": peak_memory_mb()}
-
-
-def bench_grow(data: Data, options: argparse.Namespace) -> List[Dict[str, Any]]:
-    results = []
-    for kind, measure, unit in (("read", measure_read, "frames/s"), ("train", measure_train, "transitions/s")):
-        base: Dict[int, float] = {}
-        for times in (1, 4, 16, 64):
-            for cores in (1, 2):
-                if cores > pomdp.usable_cores():
-                    continue
-                measured = in_process(measure, options, times, cores)
-                base.setdefault(cores, measured["speed"])
-                what = f"{kind}: {times} x the games ({times * len(data.store):,}), {cores} core{'s' * (cores > 1)}, against 1 x"
-                row = {"row": "grow", "what": what, "ours": measured["speed"], "theirs": base[cores],
-                       "ratio": measured["speed"] / base[cores], "unit": unit, "repeats": options.repeats,
-                       "spread": 0.0, "peak_memory_mb": measured["memory"]}  # fmt: skip
-                show(row)
-                results.append(row)
-    estimate(data, results, options)
-    return results
-
-
-def estimate(data: Data, results: List[Dict[str, Any]], options: argparse.Namespace) -> None:
-    """All of NLD-AA, from what was just measured. Printed with its sums, so that a reader can redo them for another machine."""
-    frames = int(data.store.frames.sum())
-    disk = data.store.meta["bytes"] / frames * NLD_AA_FRAMES
-    index = os.path.getsize(data.store.folder / "index.npz") / frames * NLD_AA_FRAMES
-    build = getattr(options, "build_speed", None) or bench_build(data, options)[0]["ours"]
-    print(f"\nAll of NLD-AA ({NLD_AA_GAMES:,} games, {NLD_AA_FRAMES:,} transitions), from the rows above:")
-    print(f"  disk    {data.store.meta['bytes'] / frames:.1f} bytes a frame x {NLD_AA_FRAMES / 1e9:.2f}e9 = {disk / 1e9:.0f} GB")
-    print(f"  memory  index of {index / 1e9:.2f} GB beside what a run on these games takes; frames stay on disk")
-    print(f"  build   {NLD_AA_FRAMES / 1e9:.2f}e9 / {build:,.0f} frames/s a core = {NLD_AA_FRAMES / build / 3600:.0f} core hours")
-    for row in [row for row in results if "train: 64 x" in row["what"]]:
-        print(f"  epoch   {NLD_AA_FRAMES / 1e9:.2f}e9 / {row['ours']:,.0f} transitions/s = {NLD_AA_FRAMES / row['ours'] / 3600:,.0f} h "
-              f"({row['what'].split(', ')[-2]}, 64 x 16)")  # fmt: skip
-
-
-BENCHES = {"read": bench_read, "build": bench_build, "act": bench_act, "play": bench_play, "evaluate": bench_evaluate, "train": bench_train,
-           "ranks": bench_ranks, "grow": bench_grow}  # fmt: skip
-
-
-def machine() -> str:
-    """The machine in words: processor, cores, GPU, versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: the train rows are a CPU's"
-    return f"{cpu_name() or platform.machine()}, {pomdp.usable_cores()} cores, torch {torch.__version__}, {device}"
+def table(path: str) -> str:
+    """The Markdown table of a file that --json wrote, and where its numbers are from."""
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    about = ", ".join(f"{name} {value}" for part in ("hardware", "versions") for name, value in content[part].items())
+    about += f", commit {content['commit'][:10]}, {content['rows'][0]['repeats']} repeats"
+    return "\n".join([HEADER, *map(line_of, content["rows"]), "", about])
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", required=True, help="NLD-AA folder")
+    parser.add_argument("--data_path", help="NLD-AA folder")
     parser.add_argument("--character", default="mon-hum-neu")
-    parser.add_argument("--rows", default=",".join(ROWS), help="which rows, by commas")
+    parser.add_argument("--rows", default=",".join(BENCHES), help="which, by commas")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each side")
     parser.add_argument("--store_path", default="runs/stores", help="where the chunk store is made or found")
-    parser.add_argument("--katakomba", help="checkout of Katakomba, for rows against its readers and its IQL")
-    parser.add_argument("--checkpoint", help="trained weights for the act row's agreement, e.g. a run's best.pt")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--katakomba", help="checkout of Katakomba, for the rows against its buffer and its IQL")
+    parser.add_argument("--sizes", default="64x16,32x32", help="rows x steps of train")
+    parser.add_argument("--rnn_hidden_dim", type=int, default=2048, help="LSTM units, of both sides")
+    parser.add_argument("--json", help="also write everything to this file")
+    parser.add_argument("--table", metavar="FILE", help="measure nothing, print a file of --json as a table")
     options = parser.parse_args(argv)
-    os.environ["WANDB_MODE"] = "disabled"
     pomdp.keep_freed_memory()  # as the script does
-    chosen = options.rows.split(",")
+    pomdp.say = lambda text, file=None: print(text, file=sys.stderr)  # the table alone on standard output
     try:
-        unknown = set(chosen) - set(ROWS)
-        if unknown or options.repeats < 1:
-            raise pomdp.UserError(f"--rows takes {', '.join(ROWS)} and --repeats at least 1")
-        options.katakomba = katakomba.check_checkout(options.katakomba) if options.katakomba else None
-        data = Data(options.data_path, options.character, options.store_path)
-    except (pomdp.UserError, ValueError) as error:
+        if options.table:
+            print(table(options.table))
+            return 0
+        chosen = options.rows.split(",")
+        if not options.data_path or set(chosen) - set(BENCHES) or options.repeats < 1:
+            raise pomdp.UserError(f"give --data_path, --rows out of {','.join(BENCHES)}, and --repeats of at least 1")
+        options.sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
+        if options.katakomba and not Path(options.katakomba, IQL).is_file():
+            raise pomdp.UserError(f"{options.katakomba} is no checkout of github.com/corl-team/katakomba: no {IQL}")
+        described = json.loads(pomdp.describe_run(pomdp.TrainConfig()))
+        described["benchmark_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        cpus = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        described["hardware"]["cpu"] = cpus[0] if cpus else "unknown"
+        rows: List[Row] = []
+        print(HEADER)
+        for name in chosen:
+            for row in BENCHES[name](options):
+                rows.append(row)
+                print(line_of(row), flush=True)
+                if options.json:  # row by row: a long run may be cut off
+                    text = json.dumps({**described, "rows": rows}, indent=1)
+                    Path(options.json).write_text(text, encoding="utf-8")
+    except (pomdp.UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(machine())
-    print(f"{'row':<8} {'what':<63} {'ours':>11} {'theirs':>11} {'unit':<13} {'spread':>6} {'ratio':>9}")
-    results = [row for name in ROWS if name in chosen for row in BENCHES[name](data, options)]
-    if options.json:
-        Path(options.json).write_text(json.dumps([{**row, "machine": machine()} for row in results], indent=1), encoding="utf-8")
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For people who change the code: style (ruff), types (mypy) and the shell scripts' syntax. Makes .venv, whose libraries mypy
+# For people who change the code: layout and style (ruff), types (mypy) and the shell scripts' syntax. Makes .venv, whose libraries mypy
 # reads, and .venv-check with the tools when needed. Exits with 1 where something was found, with 2 where nothing was checked.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -25,6 +25,7 @@ check_shell() {
     return $failed
 }
 
+check layout .venv-check/bin/ruff format --check --quiet --config scripts/ruff.toml .
 check style .venv-check/bin/ruff check --quiet --config scripts/ruff.toml .
 check types .venv-check/bin/mypy --no-error-summary --config-file scripts/mypy.ini --python-executable .venv/bin/python \
     custom_nethack_pomdp.py scripts/*.py scripts/references/*.py scripts/studies/variants/*.py
@@ -34,4 +35,4 @@ if [ -n "$found" ]; then
     echo "check: FAILED: $found"
     exit 1
 fi
-echo "check: passed: style, types, shell scripts"
+echo "check: passed: layout, style, types, shell scripts"

@@ -1,513 +1,433 @@
-"""Will the benchmark take this block? Takes the EDITABLE block out of a file and runs it as the benchmark would.
+"""Will the benchmark take this block? Runs a file's EDITABLE block inside a stand-in for the benchmark's own file.
 
     python scripts/check_submission.py                            the block of custom_nethack_pomdp.py
     python scripts/check_submission.py scripts/references/iql.py  a bare block, without banners
     python scripts/check_submission.py --export block.py          also writes the block, if it passes
 
-One line a check, `ok` or `FAIL` with the reason; lines are numbered as in the file. Exit code 0: everything passed, 1: something did not,
-2: there was nothing to check (no such file, no banners), with one line on standard error.
+One line a finding, lines numbered as in the file. Exit code 0: everything passed, 1: something did not, 2: there was
+nothing to check, with one line on standard error. The block is executed: check only what you would run.
 
-What the block may use without defining or importing it is `PROVIDED`; what surrounds it when it runs is `benchmark_standin.py`.
-It is executed here, so check only what you would run.
+The benchmark (MLS-Bench, task rl-offline-pomdp) copies one block over the same block of its own file, which is built on
+Katakomba's recurrent scripts, under Python 3.8 and torch 2.0.1. The stand-in follows that file in our own code: the
+names around the block, a backbone that views its inputs and has two scripted encoders, batches of 128 x 16 float
+tensors that overlap by one step, rewards scaled by a running RMS, mixed precision with a GradScaler, states carried
+from batch to batch and never cleared, and 14 slots in evaluation. Its games are noise; standin_study.py has real ones.
+Axes: B batch, T time, N games.
 """
+
 import argparse
 import ast
 import builtins
-import contextlib
-import dis
 import importlib.util
+import math
 import os
 import re
+import symtable
 import sys
-import sysconfig
 import tempfile
 import traceback
-import types
 from copy import deepcopy
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-if _HERE not in sys.path:  # run as a script it is there already; loaded by path, as the tests do, it is not
-    sys.path.insert(0, _HERE)
-import benchmark_standin as standin
+DEFAULT_FILE = Path(__file__).resolve().parents[1] / "custom_nethack_pomdp.py"
+EXPORT_MARK = "# An exported block. Written by scripts/check_submission.py --export, which may overwrite this file.\n"
+NUM_ACTIONS = 121
+SCREEN_SHAPE = (3, 108, 108)  # an 18 x 18 crop round the cursor, 6 x 6 pixels a cell
+SLOTS = 14  # games at a time in the benchmark's evaluation
+TASK_LIMIT = 2_000_000  # parameters beyond the backbone, from the task's text
+SCRIPT_LIMIT = int(1.05 * 254_318)  # its budget script's: by the largest reference's head, IQL's
+STEPS = 8  # of the small loop: enough for carried states, an update of a target network and several game ends
+SMALL = {"rnn_hidden_dim": 32, "width": 8}
 
-DEFAULT_FILE = os.path.join(os.path.dirname(_HERE), "custom_nethack_pomdp.py")
-BEGIN, END = "EDITABLE BEGIN", "EDITABLE END"
-EXPORT_MARK = "# An exported block. Written by scripts/check_submission.py --export, which may overwrite this file."
+Batch = Dict[str, torch.Tensor]
+Arrays = Dict[str, np.ndarray]
 
-# What surrounds the block in the benchmark's file: the names that the task promises, and of standard modules those that Katakomba's own
-# scripts import. The benchmark's file is built on these; whatever else it may import is not known, so a block imports the rest itself.
-PROLOGUE = """\
-import os
-import random
+
+# --- The stand-in: what surrounds the block in the benchmark's file
+DEFAULTS = dict(character="mon-hum-neu", data_mode="in_memory", update_steps=100_000, batch_size=128, seq_len=16)
+DEFAULTS.update(project="NetHack", group="custom-nethack-pomdp", name="custom", version=0, checkpoints_path=None)
+DEFAULTS.update(rnn_hidden_dim=2048, rnn_layers=2, use_prev_action=True, rnn_dropout=0.0, clip_range=10.0, tau=0.005)
+DEFAULTS.update(gamma=0.999, learning_rate=3e-4, weight_decay=0.0, clip_grad_norm=None, train_seed=42, eval_seed=50)
+DEFAULTS.update(eval_every=10_000, eval_episodes=50, eval_processes=14, render_processes=14)
+# The benchmark's fields and defaults, and no others: a block that reads any other from `config` fails there.
+TrainConfig: Any = make_dataclass("TrainConfig", [(name, Any, field(default=x)) for name, x in DEFAULTS.items()])
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    for old, new in zip(target.parameters(), source.parameters()):
+        old.lerp_(new, tau)
+
+
+def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
+    return torch.mean(torch.abs(tau - (u < 0).float()) * u.square())
+
+
+# Autocast's memory, as PyTorch had it until the end of 2025: a weight is cast once. If its first use was without
+# gradient (a burn-in, say), so is the result, and every later use silently trains nothing (pytorch issues 65766,
+# 112583). The benchmark's PyTorch is older, ours is not: hence this note of each backbone's first use.
+CASTS: Dict[int, bool] = {}
+
+
+class ModelBackbone(nn.Module):
+    """Encoders of the top line, the bottom two lines, the picture and the previous action, into an LSTM.
+
+    `prev_actions` [B, T] are one-hot over exactly `action_dim` classes: an index outside of them and a dtype other than
+    int64 are errors. `width` divides Katakomba's sizes of the encoders, for fast checks.
+    """
+
+    def __init__(self, action_dim: int, rnn_hidden_dim: int = 2048, rnn_layers: int = 2, width: int = 1) -> None:
+        super().__init__()
+        self.num_actions, self.rnn_hidden_dim = action_dim, rnn_hidden_dim
+        line, screen, c = 128 // width, 512 // width, 32 // width
+
+        def layer(kind: Any, *sizes: int) -> List[nn.Module]:
+            return [kind(*sizes), nn.ELU()]
+
+        self.topline = nn.Sequential(*layer(nn.Linear, 80 * 256, line), *layer(nn.Linear, line, line))
+        lines = [*layer(nn.Conv1d, 2, c, 8, 4), *layer(nn.Conv1d, c, 2 * c, 4), nn.Flatten()]
+        lines += [*layer(nn.Linear, 2 * c * 36, line), *layer(nn.Linear, line, line)]
+        pixels = [*layer(nn.Conv2d, 3, c, 8, 6), *layer(nn.Conv2d, c, 2 * c, 4, 2)]
+        pixels += [*layer(nn.Conv2d, 2 * c, 4 * c, 3, 2), *layer(nn.Conv2d, 4 * c, 4 * c, 3, 1), nn.Flatten()]
+        # Scripted, as there: a copy made where gradients are recorded has parameters that are no leaves.
+        self.bottom = torch.jit.script(nn.Sequential(*lines))
+        self.screen = torch.jit.script(nn.Sequential(*pixels, *layer(nn.Linear, 4 * c, screen)))
+        self.rnn = nn.LSTM(2 * line + screen + action_dim, rnn_hidden_dim, rnn_layers, batch_first=True)
+
+    def _encode(self, inputs: Batch) -> torch.Tensor:
+        chars, screen = inputs["tty_chars"], inputs["screen_image"]
+        B, T = chars.shape[:2]
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            """[B, T, ...] -> [B * T, ...], a view: a slice in time of a float batch is not copied before, and fails."""
+            return x.to(torch.float, memory_format=torch.contiguous_format).view(B * T, *x.shape[2:])
+
+        top = nn.functional.one_hot(rows(chars[..., 0, :]).long(), 256).flatten(1).float()  # [B*T, 80*256]
+        bottom = rows(chars[..., -2:, :]).flatten(1)  # [B*T, 160]
+        digits = ((bottom >= 45) & (bottom <= 57)) * (bottom - 47) / 10
+        bottom = torch.stack([(bottom - 32) / 96, digits], dim=1)  # [B*T, 2, 160]
+        parts = [self.topline(top), self.bottom(bottom), self.screen(rows(screen) / 255.0)]
+        parts.append(nn.functional.one_hot(inputs["prev_actions"], self.num_actions).view(B * T, -1))
+        return torch.cat(parts, dim=-1).view(B, T, -1)
+
+    def forward(self, inputs: Batch, state: Any = None) -> Tuple[torch.Tensor, Any]:
+        if inputs["tty_chars"].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return self.rnn(self._encode(inputs), state)
+        # A CPU has no float16 LSTM: sums in float32, the rest as on the benchmark's GPU, outputs and states in half
+        # precision and encoders' weights cast once for all calls (autocast does not keep an LSTM's).
+        dtype, gradient = torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
+        if torch.is_autocast_cache_enabled():
+            gradient = CASTS.setdefault(id(self), gradient) and gradient
+        with torch.autocast("cpu", enabled=False):
+            with torch.set_grad_enabled(gradient):
+                encoded = self._encode(inputs)
+            output, state = self.rnn(encoded, None if state is None else tuple(part.float() for part in state))
+        return output.to(dtype), tuple(part.to(dtype) for part in state)
+
+
+# What the block may use without defining or importing it: what the benchmark's file has, but for logging and progress.
+PROVIDED: Dict[str, Any] = {}
+IMPORTS = """
+import os, random, sys, uuid
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Optional, Tuple
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributions import Categorical
+DEVICE, LSTM_HIDDEN, UPDATE_INFO = "cpu", Tuple[torch.Tensor, torch.Tensor], Dict[str, Any]
 """
-HELPERS = {"ModelBackbone": standin.ModelBackbone, "soft_update": standin.soft_update, "asymmetric_l2_loss": standin.asymmetric_l2_loss}
-PROVIDED = frozenset(HELPERS) | {"os", "random", "deepcopy", "asdict", "dataclass", "Any", "Dict", "List", "Optional", "Tuple",
-                                 "np", "torch", "nn", "F", "Categorical"}
-# What every module has, and what Python makes of a class or an annotation.
-IMPLICIT = {"__name__", "__file__", "__doc__", "__annotations__", "__builtins__", "__module__", "__qualname__",
-            "__build_class__", "__class__"}
-# A block computes: it neither talks to the outside nor reaches names that a static check cannot see.
-FORBIDDEN_BUILTINS = {"open", "print", "input", "breakpoint", "exit", "quit", "eval", "exec", "compile", "globals",
-                      "locals", "vars", "__import__"}
-IMPORTABLE = {"torch", "numpy"}  # beside the standard library: all that is sure to be in the benchmark's container
-
-TASK_LIMIT = 2_000_000     # parameters beyond the backbone, from the task's text
-LARGEST_REFERENCE = 254_318  # IQL's head at 121 actions and a 2048-d LSTM
-SCRIPT_LIMIT = int(1.05 * LARGEST_REFERENCE)  # the budget script's: 267,033
-
-# What people reach for and the container lacks: attributes of anything, full names, and calls with a keyword.
-TOO_NEW = {"removeprefix", "removesuffix", "bit_count", "set_submodule", "functools.cache", "math.lcm",
-           "math.nextafter", "math.cbrt", "itertools.pairwise", "itertools.batched", "torch.accelerator", "torch.amp.GradScaler",
-           "torch.amp.custom_bwd", "torch.amp.custom_fwd", "torch.amp.is_autocast_available", "torch.compiler", "torch.export",
-           "torch.get_autocast_dtype", "torch.get_default_device", "torch.library.custom_op", "torch.nn.Buffer", "torch.nn.RMSNorm",
-           "torch.nn.attention", "torch.nn.functional.rms_norm", "torch.nn.utils.clip_grads_with_norm_", "torch.nn.utils.get_total_norm",
-           "torch.nn.utils.parametrizations.weight_norm", "torch.optim.Adafactor", "torch.optim.Muon", "torch.unravel_index"}
-TOO_NEW_KEYWORDS = {("zip", "strict"), ("dataclass", "slots"), ("dataclass", "kw_only"), ("load_state_dict", "assign"),
-                    ("LayerNorm", "bias"), ("scaled_dot_product_attention", "scale"), ("scaled_dot_product_attention", "enable_gqa")}
-
-METRICS = ("loss", "loss_per_action", "accuracy")  # what every algorithm reports, so that they can be compared
-STANDIN_FILE = "standin_with_block.py"
-SLOTS = 14        # games at a time in the benchmark's evaluation
-STEPS = 8         # of the small loop: enough for carried states, an update of a target network and several game ends
-SMALL = {"rnn_hidden_dim": 32, "rnn_layers": 2, "width": 8}
-FULL = {"rnn_hidden_dim": 2048, "rnn_layers": 2}
+exec(IMPORTS, PROVIDED)
+PROVIDED.update({part.__name__: part for part in (TrainConfig, ModelBackbone, soft_update, asymmetric_l2_loss)})
 
 
-class UserError(Exception):
-    """The user's mistake: told in one line, exit code 2."""
+def made_up_frames(rng: np.random.Generator, *lead: int) -> Arrays:
+    """Observations of noise, each [*lead, ...], with the benchmark's keys, shapes and dtypes. Only the status lines can
+    be read: a character's in turn 1 or 2, so that new games are seen to begin."""
+    chars = rng.integers(32, 127, (*lead, 24, 80)).astype(np.uint8)
+    status = [f"{'Agent St:18 Dx:12 Co:17 In:8 Wi:9 Ch:10':80}Dlvl:1 T:{turn:<71}" for turn in (1, 2)]
+    chars[..., 22:, :] = np.array([list(text.encode()) for text in status]).reshape(2, 2, 80)[rng.integers(0, 2, lead)]
+    return {
+        "tty_chars": chars,
+        "tty_colors": rng.integers(0, 32, (*lead, 24, 80)).astype(np.int8),
+        "tty_cursor": rng.integers(0, (24, 80), (*lead, 2)).astype(np.uint8),
+        "screen_image": rng.integers(0, 256, (*lead, *SCREEN_SHAPE)).astype(np.uint8),
+    }
 
 
-class CheckFailed(Exception):
-    """What a check found wrong."""
+def overlapping(steps: Callable[[int], Arrays], seq_len: int) -> Iterator[Arrays]:
+    """Batches [B, seq_len + 1, ...] as the benchmark's buffer gives them: each begins with the step that ended the one
+    before. `steps(n)`: the next n of them, [B, n, ...]."""
+    batch = steps(seq_len + 1)
+    while True:
+        yield {name: value.copy() for name, value in batch.items()}
+        fresh = steps(seq_len)
+        batch = {name: np.concatenate([batch[name][:, -1:], fresh[name]], axis=1) for name in batch}
+
+
+def made_up_batches(config: Any, seed: int, game_end: float = 0.15) -> Iterator[Arrays]:
+    """Noise. A game ends with probability `game_end` a step, so also at once, and at a chunk's first and last step."""
+    rng = np.random.default_rng(seed)
+
+    def steps(count: int) -> Arrays:
+        shape = (config.batch_size, count)
+        rewards = rng.integers(1, 50, shape) * (rng.random(shape) < 0.2) * 1.0
+        actions, dones = rng.integers(0, NUM_ACTIONS, shape), rng.random(shape) < game_end
+        return {**made_up_frames(rng, *shape), "actions": actions, "rewards": rewards, "dones": dones}
+
+    return overlapping(steps, config.seq_len)
+
+
+def run_training(algo: Any, config: Any, batches: Any, steps: int, dtype: Any = None, on_step: Any = None) -> None:
+    """The benchmark's training loop. `dtype` is that of autocast, or None for float32; `on_step(step, batch, before,
+    loss, states, info)` sees each step with its gradients, and in `before` a copy of the batch as the block got it."""
+    device = next(algo.model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    named = list(algo.model.named_parameters())
+    assert all(p.requires_grad for _, p in named), "the weight-decay split asserts a gradient of every parameter"
+    groups: Dict[bool, List[nn.Parameter]] = {True: [], False: []}  # with weight decay and without
+    for name, parameter in named:
+        groups["weight" in name and "norm" not in name and "bn" not in name].append(parameter)
+    options = [{"params": groups[decay], "weight_decay": config.weight_decay * decay} for decay in (False, True)]
+    optimizer = torch.optim.AdamW(options, lr=config.learning_rate)
+    running: Any = 0.0  # discounted sums of rewards: over batches for each place in the chunk, as there, not along it
+    squares, count = 0.0, 0
+    prev_actions = torch.zeros((config.batch_size, 1), dtype=torch.long, device=device)  # 0 is a real action (north)
+    states: Dict[str, Any] = {}
+    for step in range(1, steps + 1):
+        data = next(batches)
+        running = running * config.gamma + data["rewards"]
+        squares, count = squares + float((running**2).sum()), count + running.size
+        running = running * ~data["dones"]
+        data["rewards"] = data["rewards"] / max(0.01, (squares / count) ** 0.5)
+        data["rewards"] = np.clip(data["rewards"], -config.clip_range, config.clip_range)
+        batch = {name: torch.as_tensor(value, dtype=torch.float, device=device) for name, value in data.items()}
+        before = {name: value.clone() for name, value in batch.items()}
+        CASTS.clear()
+        half = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        with mock.patch.object(torch, "clear_autocast_cache", CASTS.clear), half:
+            loss, states, info = algo.train_step(batch, prev_actions, states)
+        prev_actions = before["actions"][:, -2:-1].long()
+        scaler.scale(loss).backward()
+        if on_step is not None:
+            on_step(step, batch, before, loss, states, info)
+        if config.clip_grad_norm is not None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(algo.model.parameters(), config.clip_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        algo.after_gradient_step()
+        # There every 1,000th step, for the line of metrics.
+        info = {name: value.item() if hasattr(value, "item") else value for name, value in info.items()}
+
+
+@torch.no_grad()
+def run_acting(model: Any, ticks: int, overwritten: bool = True) -> List[Any]:
+    """The benchmark's evaluation, of noise: each tick's actions as `vec_act` gave them. As there, the first previous
+    action is a float 0 and the state None, neither is ever cleared, and the arrays of `obs` are overwritten by the next
+    tick (not `overwritten`: new ones at each tick, to compare with)."""
+    rng = np.random.default_rng(0)
+    model.eval()
+    shared, state, taken = made_up_frames(rng, SLOTS), None, []
+    actions: Any = np.zeros(SLOTS, dtype=float)
+    for _ in range(ticks):
+        actions, state = model.vec_act({**shared, "prev_actions": actions}, state, device="cpu")
+        taken.append(actions)
+        for name, value in made_up_frames(rng, SLOTS).items():
+            shared[name] = shared[name] if overwritten else value
+            shared[name][...] = value
+    model.train()
+    return taken
+
+
+# --- Taking the block out
+BANNER = r"(?m)^(?:# =+\n)?# =+ +EDITABLE (BEGIN|END) +=+\n(?:# =+\n)?"
 
 
 class Block(NamedTuple):
     path: str
     source: str
-    first_line: int   # of the block in the file, from 1
-    whole_file: bool  # the file has banners and more around them
-
-    def where(self, line: int) -> str:
-        """A line of the block (from 1) as the file numbers it."""
-        return f"line {line + self.first_line - 1}"
+    first_line: int = 1  # of the block in the file
+    whole_file: bool = False  # the file has banners and more around them
 
 
-class Result(NamedTuple):
-    name: str
-    passed: bool
-    detail: str
+def read_block(path: Any) -> Block:
+    """The block between a file's two banners, or all of it where it is a bare block; ValueError where it is neither."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    banners = list(re.finditer(BANNER, text))
+    if [banner.group(1) for banner in banners] == ["BEGIN", "END"]:
+        begin, end = banners[0].end(), banners[1].start()
+        return Block(str(path), text[begin:end], text[:begin].count("\n") + 1, True)
+    if banners:
+        found = ", ".join(f"{banner.group(1)} in line {text[: banner.end()].count(chr(10))}" for banner in banners)
+        raise ValueError(f"{path}: there must be a banner EDITABLE BEGIN and then one EDITABLE END; there is {found}")
+    if not all(re.search(rf"(?m)^class {name}\b", text) for name in ("Model", "OfflineAlgorithm")):
+        raise ValueError(f"{path}: neither EDITABLE banners nor a bare block, with classes Model and OfflineAlgorithm")
+    mark = len(EXPORT_MARK) * text.startswith(EXPORT_MARK)
+    return Block(str(path), text[mark:], 1 + (mark > 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Taking the block out
-# ---------------------------------------------------------------------------------------------------------------------
-
-def extract(text: str, path: str = "the file") -> Block:
-    """The block between the two banners, or the whole text where it is a bare block. Raises UserError where there is neither.
-
-    A banner is a comment that holds the words, between two rules `# ====`; the banners themselves are not part of the block.
-    """
-    lines = text.splitlines(keepends=True)
-    marked = {words: [i for i, line in enumerate(lines) if line.lstrip().startswith("#") and words in line] for words in (BEGIN, END)}
-    for words, found in marked.items():
-        if len(found) > 1:
-            lines_found = ", ".join(str(i + 1) for i in found)
-            raise UserError(f"{path}: {len(found)} banners '{words}' (lines {lines_found}), expected one")
-    if not marked[BEGIN] and not marked[END]:
-        return _bare_block(lines, path)
-    for words, found in marked.items():
-        if not found:
-            raise UserError(f"{path}: no banner '{words}' ('{END if words == BEGIN else BEGIN}' is there)")
-    begin, end = marked[BEGIN][0], marked[END][0]
-    if end < begin:
-        raise UserError(f"{path}: '{END}' (line {end + 1}) comes before '{BEGIN}' (line {begin + 1})")
-    first = _past_rule(lines, begin + 1, +1)
-    last = _past_rule(lines, end - 1, -1)
-    return Block(path, "".join(lines[first:last + 1]), first + 1, True)
+# --- Checks of the text
+# What people reach for and Python 3.8 or torch 2.0.1 lack: full names, attributes of anything, keywords of calls.
+TOO_NEW = """functools.cache itertools.pairwise .removeprefix .removesuffix .bit_count zip(strict=) dataclass(slots=)
+    dataclass(kw_only=) torch.accelerator torch.amp.GradScaler torch.amp.custom_bwd torch.amp.custom_fwd torch.compiler
+    torch.get_autocast_dtype torch.get_default_device torch.nn.Buffer torch.nn.RMSNorm torch.nn.attention
+    torch.nn.functional.rms_norm torch.optim.Muon LayerNorm(bias=) scaled_dot_product_attention(scale=)""".split()
+FORBIDDEN = "open print input breakpoint exit quit eval exec globals __import__".split()  # a block computes, no more
 
 
-def _past_rule(lines: List[str], at: int, step: int) -> int:
-    """Walks over the banner's own comment lines to the first line beyond its rule.
-
-    A banner without a rule is the one line that holds its words.
-    """
-    place = at
-    while 0 <= place < len(lines) and lines[place].startswith("#"):
-        if re.fullmatch(r"#\s*[=#\-*]{8,}\s*", lines[place]):
-            return place + step
-        place += step
-    return at
-
-
-def _bare_block(lines: List[str], path: str) -> Block:
-    skip = 1 if lines and lines[0].startswith(EXPORT_MARK) else 0
-    source = "".join(lines[skip:])
-    try:
-        defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: no banners '{BEGIN}' and '{END}', and not a bare block either: {_one_line(error)}") from None
-    if not {"Model", "OfflineAlgorithm"} <= defined or {"ModelBackbone", "TrainConfig"} & defined:
-        raise UserError(f"{path}: no banners '{BEGIN}' and '{END}', and not a bare block (classes Model and OfflineAlgorithm, without the "
-                        "backbone and the config) either")
-    return Block(path, source, 1 + skip, False)
-
-
-def read_block(path: str) -> Block:
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
-    return extract(text, path)
-
-
-def may_export(path: str) -> None:
-    """Raises UserError unless `path` can be written without losing anything."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise UserError(f"cannot export to {path}: no folder {folder}")
-    if not os.path.lexists(path):
-        return
-    try:
-        with open(path, encoding="utf-8") as file:
-            exported = file.readline().startswith(EXPORT_MARK)
-    except (OSError, UnicodeDecodeError):
-        exported = False
-    if not exported:
-        raise UserError(f"will not overwrite {path}: it is not an exported block")
-
-
-def export(block: Block, path: str) -> None:
-    """Writes the block; whole or not at all."""
-    may_export(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(EXPORT_MARK + "\n" + block.source)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise UserError(f"cannot export to {path}: {error.strerror or error}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Static checks
-# ---------------------------------------------------------------------------------------------------------------------
-
-def check_syntax(block: Block) -> str:
-    """Python 3.8 and torch 2.0.1, which the container has."""
-    try:
-        tree = ast.parse(block.source, feature_version=(3, 8))  # the benchmark's
-    except SyntaxError as error:
-        raise CheckFailed(f"{block.where(error.lineno or 1)}: {error.msg}") from None
-    dicts = _names_of_dicts(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            raise CheckFailed(f"{block.where(node.lineno)}: from __future__ is allowed at the top of a file only, and the block goes "
-                              "into the middle of one")
-        complaint = _too_new(node, dicts)
-        if complaint:
-            raise CheckFailed(f"{block.where(getattr(node, 'lineno', 1))}: {complaint}")
-        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("dict", "list", "tuple", "set", "type"):
-            generic = ast.unparse(node.value)
-            raise CheckFailed(f"{block.where(node.lineno)}: {generic}[...] needs Python 3.9: write {generic.title()} of typing")
-        annotations = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        for annotation in filter(None, annotations):
-            for part in ast.walk(annotation):
-                if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
-                    raise CheckFailed(f"{block.where(part.lineno)}: `X | Y` as a type needs Python 3.10: write Optional or Union")
-    return "Python 3.8, {} lines".format(block.source.count("\n"))
-
-
-def _too_new(node: ast.AST, dicts: Set[str]) -> str:
-    """What Python 3.8 or torch 2.0.1 lack of it, '' where nothing is known."""
-    newer = "is newer than Python 3.8 or torch 2.0.1"
-    for name in _full_names(node):
-        if name in TOO_NEW or (isinstance(node, ast.Attribute) and node.attr in TOO_NEW):
-            return f"{name} {newer}"
-    if isinstance(node, ast.Call):
-        function = ast.unparse(node.func).split(".")[-1]
-        for keyword in node.keywords:
-            if (function, keyword.arg) in TOO_NEW_KEYWORDS:
-                return f"{function}({keyword.arg}=) {newer}"
-    if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitOr):
-        sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
-        if any(_is_dict(side) or ast.unparse(side) in dicts for side in sides):
-            return "`dict | dict` needs Python 3.9: write {**a, **b}"
-    return ""
-
-
-def _full_names(node: ast.AST) -> List[str]:
-    """What an attribute or an import names, `nn` and `F` written out: of a.b.c also a.b where it is imported."""
+def too_new(node: ast.AST) -> Iterator[str]:
+    """What Python 3.8 or torch 2.0.1 lack of a node of the syntax tree (of its own, not of the nodes below)."""
     names: List[str] = []
     if isinstance(node, ast.Attribute):
-        names = [re.sub(r"^F\.", "nn.functional.", ast.unparse(node))]
-    elif isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and node.module:
-        names = [f"{node.module}.{alias.name}" for alias in node.names]
-    if not isinstance(node, ast.Attribute):  # an attribute's own parts are nodes of their own
-        names = [".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)]
-    return [re.sub(r"^nn\.", "torch.nn.", name) for name in names]
+        names = [re.sub(r"^F\.", "nn.functional.", ast.unparse(node)), f".{node.attr}"]
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        parts = [(within + alias.name).split(".") for alias in node.names]
+        names = [".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)]
+        if not {part[0] for part in parts} <= sys.stdlib_module_names | {"torch", "numpy", "__future__"}:
+            yield f"import of {names[0]}: neither standard library, torch nor numpy"
+    elif isinstance(node, ast.Call):
+        names = [f"{ast.unparse(node.func).split('.')[-1]}({keyword.arg}=)" for keyword in node.keywords]
+    for name in (re.sub(r"^nn\.", "torch.nn.", name) for name in names):
+        if name in TOO_NEW:
+            yield f"{name} is newer than Python 3.8 or torch 2.0.1"
+    if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+        yield "from __future__ is allowed at the top of a file only, and the block goes into the middle of one"
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("dict", "list", "tuple", "set", "type"):
+        yield f"{ast.unparse(node.value)}[...] needs Python 3.9: write {ast.unparse(node.value).title()} of typing"
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitOr):
+        sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.value,)
+        if any(re.match(r"[{]|dict\(", ast.unparse(side)) for side in sides):
+            yield "`dict | dict` needs Python 3.9: write {**a, **b}"
+    for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+        if annotation and any(isinstance(part, ast.BitOr) for part in ast.walk(annotation)):
+            yield "`X | Y` as a type needs Python 3.10: write Optional or Union"
 
 
-def _is_dict(node: Optional[ast.AST]) -> bool:
-    return isinstance(node, (ast.Dict, ast.DictComp)) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "dict")
+def names_from_outside(source: str) -> Iterator[Tuple[int, str]]:
+    """(line, name) where a scope first uses a name that is neither defined in the source nor provided nor Python's."""
+    used: List[Tuple[str, int]] = []
+    known = {*PROVIDED, *dir(builtins), "__name__", "__file__"} - {*FORBIDDEN}
+    tables = [symtable.symtable(source, "block", "exec")]
+    for table in tables:
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                used.append((symbol.get_name(), table.get_lineno()))
+            if symbol.is_declared_global() or (table is tables[0] and symbol.is_local()):
+                known.add(symbol.get_name())
+    places = [(node.id, node.lineno) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    for name, begin in used:
+        if name not in known:
+            yield min(line for place, line in places if place == name and line >= begin), name
 
 
-def _names_of_dicts(tree: ast.AST) -> Set[str]:
-    """Names that are somewhere annotated as a Dict or given one: a guess, which a name used for two things deceives."""
-    names: Set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation and re.match(r"[Dd]ict\b", ast.unparse(node.annotation)):
-            names.add(node.arg if isinstance(node, ast.arg) else ast.unparse(node.target))
-        elif isinstance(node, ast.Assign) and _is_dict(node.value):
-            names.update(ast.unparse(target) for target in node.targets)
-    return names
-
-
-def check_imports(block: Block) -> str:
-    """Only the standard library, torch and numpy."""
-    problems, names = [], set()
-    for node in ast.walk(ast.parse(block.source)):
-        if isinstance(node, ast.ImportFrom):
-            modules = ["." * node.level + (node.module or "")] if node.level else [node.module or ""]
-            if any(alias.name == "*" for alias in node.names):
-                problems.append(f"from {modules[0]} import * ({block.where(node.lineno)})")
-        elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        for module in modules:
-            root = module.split(".")[0]
-            names.add(root)
-            if module.startswith(".") or not (root in IMPORTABLE or _in_standard_library(root)):
-                problems.append(f"{module} ({block.where(node.lineno)})")
-    if problems:
-        raise CheckFailed("neither standard library, torch nor numpy: " + ", ".join(problems))
-    return ", ".join(sorted(names)) or "none"
-
-
-def _in_standard_library(root: str) -> bool:
-    known = getattr(sys, "stdlib_module_names", None)  # from Python 3.10
-    if known is not None:
-        return root in known
-    if root in sys.builtin_module_names:
-        return True
-    spec = importlib.util.find_spec(root)
-    origin = (spec.origin or "") if spec else ""
-    return origin.startswith(sysconfig.get_paths()["stdlib"]) and "site-packages" not in origin
-
-
-def names_from_outside(source: str) -> List[Tuple[str, int]]:
-    """(name, line) of every name that the code looks up outside of itself and finds neither there nor in Python.
-
-    The compiled code is asked, not the syntax tree: which names are global is the compiler's decision, and it says so with a line
-    for each use (in default values, decorators, annotations and nested functions alike).
-    """
-    uses: List[Tuple[str, int]] = []
-    defined: Set[str] = set()
-
-    def visit(code: types.CodeType, at_top: bool) -> None:
-        starts = dict(dis.findlinestarts(code))
-        line = code.co_firstlineno
-        local: Set[str] = set()  # of a class body: found before anything outside
-        for instruction in dis.get_instructions(code):
-            line = starts.get(instruction.offset) or line
-            name, operation = instruction.argval, instruction.opname
-            if operation in ("STORE_NAME", "STORE_GLOBAL"):
-                (defined if at_top or operation == "STORE_GLOBAL" else local).add(name)
-            elif operation in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS") and name not in local:
-                uses.append((name, line))
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                visit(constant, False)
-
-    visit(compile(source, "block", "exec", dont_inherit=True), True)
-    known = defined | PROVIDED | IMPLICIT | (set(dir(builtins)) - FORBIDDEN_BUILTINS)
-    return sorted({use for use in uses if use[0] not in known}, key=lambda use: (use[1], use[0]))
-
-
-def check_names(block: Block) -> str:
-    outside = names_from_outside(block.source)
-    if outside:
-        raise CheckFailed(", ".join("{} ({}{})".format(name, block.where(line), "; not in a block" if name in FORBIDDEN_BUILTINS else "")
-                                    for name, line in outside))
-    return "none but those provided"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running it
-# ---------------------------------------------------------------------------------------------------------------------
-
-def load(block: Block, folder: str) -> types.ModuleType:
-    """The block executed in a module of its own that holds the provided names and nothing else, from a file in `folder`.
-
-    It is not registered in sys.modules: the benchmark does not register its own either, and a dataclass with postponed annotations
-    fails then.
-    """
-    path = os.path.join(folder, STANDIN_FILE)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(PROLOGUE + block.source)
-    module = _module_by_path(path, "_block_under_check", HELPERS)
-    for name in ("Model", "OfflineAlgorithm"):
-        if not isinstance(getattr(module, name, None), type):
-            raise CheckFailed(f"it defines no class {name}")
-    return module
-
-
-def _module_by_path(path: str, name: str, names: Optional[Dict[str, Any]] = None) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise CheckFailed(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__.update(names or {})
-    previous, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a check leaves no __pycache__ beside what it checks
+def check_text(block: Block) -> List[Tuple[int, str]]:
+    """(line of the file, complaint) of whatever can be seen without running the block."""
     try:
+        tree = ast.parse(block.source, feature_version=(3, 8))  # the benchmark's
+        found = {(line, f"{name} is neither defined nor provided") for line, name in names_from_outside(block.source)}
+    except SyntaxError as error:
+        return [(block.first_line + (error.lineno or 1) - 1, error.msg)]
+    for node in ast.walk(tree):
+        found.update((getattr(node, "lineno", 1), complaint) for complaint in too_new(node))
+    return sorted((block.first_line + line - 1, complaint) for line, complaint in found)
+
+
+# --- Checks that run the block
+def module_by_path(path: Any, names: Dict[str, Any]) -> Any:
+    """Not registered in sys.modules: the benchmark's budget script does not register its own either."""
+    spec = importlib.util.spec_from_file_location("_under_check", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__.update(names)
+    with mock.patch.object(sys, "dont_write_bytecode", True):  # a check leaves no __pycache__ beside what it checks
         spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = previous
+    assert "_under_check" not in sys.modules, "it registers itself in sys.modules"
     return module
 
 
 class Trial:
-    """Runs one block: builds it afresh for each check, always from the same seed."""
+    """A block loaded among the provided names and no others; it is built afresh for each check, from one seed."""
 
-    def __init__(self, block: Block, device: str = "cpu"):
-        self.device = device
-        self._folder = tempfile.TemporaryDirectory()  # stays as long as the block is in use: some code reads its own source
-        self.module = load(block, self._folder.name)
-        self.config = standin.TrainConfig(batch_size=3, seq_len=8)
+    def __init__(self, block: Block) -> None:
+        self.block, self.config = block, TrainConfig(batch_size=3, seq_len=8)
+        self.folder = tempfile.TemporaryDirectory()  # stays while the block is in use: some code reads its own source
 
-    def backbone(self, **sizes: Any) -> standin.ModelBackbone:
-        backbone = standin.ModelBackbone(action_dim=standin.NUM_ACTIONS, rnn_dropout=0.0, use_prev_action=True, **(sizes or SMALL))
-        return backbone.to(self.device)
+    def load(self) -> str:
+        path = Path(self.folder.name) / os.path.basename(self.block.path)
+        path.write_text(
+            "\n" * (self.block.first_line - 1) + self.block.source, encoding="utf-8"
+        )  # numbered as in the file
+        self.module = module_by_path(path, PROVIDED)
+        for name in ("Model", "OfflineAlgorithm"):
+            assert isinstance(vars(self.module).get(name), type), f"it defines no class {name}"
+        return "among the provided names"
 
-    def algorithm(self, **sizes: Any) -> Any:
+    def algorithm(self, config: Any = None, **sizes: int) -> Any:
         torch.manual_seed(0)
-        return self.module.OfflineAlgorithm(backbone=self.backbone(**sizes), config=self.config, device=self.device)
+        backbone = ModelBackbone(NUM_ACTIONS, **(sizes or SMALL))
+        return self.module.OfflineAlgorithm(backbone=backbone, config=config or self.config, device="cpu")
 
-    def train(self, algo: Any, autocast: Optional[torch.dtype] = None, **options: Any) -> None:
-        """A few steps of the loop, each of them inspected."""
-        steps = options.pop("steps", STEPS)
-        batches = options.pop("batches", None) or standin.made_up_batches(self.config, seed=1)
-        options.setdefault("on_step", _Inspector(algo))
-        standin.run_training(algo, self.config, batches, steps, self.device, autocast, **options)
+    def train(self, algo: Any, autocast: Any = None, steps: int = STEPS) -> List[str]:
+        """Some steps, each inspected -> the parameters without gradient in the second half (with a burn-in)."""
+        named = dict(algo.model.named_parameters())
+        reached: set = set()
 
+        def inspect(step: int, batch: Batch, before: Batch, loss: torch.Tensor, states: Any, info: Any) -> None:
+            at = f"step {step}:"
+            assert torch.isfinite(loss), f"{at} loss is {loss.item()}"
+            assert loss.dtype == torch.float32, f"{at} loss is {loss.dtype}: compute it in float32"
+            attached = any(getattr(leaf, "requires_grad", False) for leaf in tree_leaves(states))
+            assert not attached, f"{at} rnn_states are not detached, so the next step's backward fails"
+            for name, value in info.items():
+                assert isinstance(value, (float, int)) or hasattr(value, "item"), f"{at} info[{name!r}] is no number"
+                assert math.isfinite(value), f"{at} info[{name!r}] is {value}"
+            same = batch.keys() == before.keys() and all(torch.equal(batch[name], before[name]) for name in before)
+            assert same, f"{at} the batch was changed in place, and the loop still needs it"
+            if step > steps // 2:
+                reached.update(name for name, p in named.items() if p.grad is not None and p.grad.any())
 
-class _Inspector:
-    """Looks at everything that each step gives back, and remembers the trained weights as they were before step `snapshot_at`'s update."""
-
-    def __init__(self, algo: Any, snapshot_at: int = 0):
-        self.algo, self.snapshot_at = algo, snapshot_at
-        self.snapshot: Dict[str, torch.Tensor] = {}
-
-    def __call__(self, step: int, batch: standin.Batch, before: standin.Batch, loss: Any, states: Any, info: Any) -> None:
-        at = f"step {step}: "
-        if step == self.snapshot_at:
-            self.snapshot = {name: p.detach().clone() for name, p in self.algo.model.named_parameters() if p.requires_grad}
-        require(isinstance(loss, torch.Tensor) and loss.dim() == 0, at + "loss is not a scalar tensor")
-        require(bool(torch.isfinite(loss)), at + f"loss is {loss.item()}")
-        require(loss.dtype == torch.float32, at + f"loss is {loss.dtype}, which overflows at 65,504 or rounds: compute it in float32")
-        inspect_states(states, at)
-        inspect_info(info, at)
-        require(batch.keys() == before.keys() and all(torch.equal(batch[k], before[k]) for k in before),
-                at + "the batch was changed in place, and the loop still needs it")
-
-
-def require(condition: bool, complaint: str) -> None:
-    if not condition:
-        raise CheckFailed(complaint)
-
-
-def inspect_states(states: Any, at: str) -> None:
-    require(isinstance(states, dict), at + f"rnn_states is a {type(states).__name__}, not a dict")
-    for key, value in states.items():
-        require(isinstance(value, (tuple, list)) and all(isinstance(s, torch.Tensor) for s in value),
-                at + f"rnn_states[{key!r}] is not a tuple of tensors, which is what the loop can detach")
-        require(not any(s.requires_grad for s in value),
-                at + f"rnn_states[{key!r}] is not detached: a loop that does not do it fails at the next step")
-
-
-def inspect_info(info: Any, at: str) -> None:
-    require(isinstance(info, dict), at + f"info is a {type(info).__name__}, not a dict")
-    for key, value in info.items():
-        scalar = isinstance(value, (float, int)) or (isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad)
-        require(isinstance(key, str) and scalar, at + f"info[{key!r}] is neither a float nor a detached scalar tensor")
-        require(bool(np.isfinite(float(value))), at + f"info[{key!r}] is {float(value)}")
-    missing = [name for name in METRICS if name not in info]
-    require(not missing, at + "info lacks " + ", ".join(missing))
+        run_training(algo, self.config, made_up_batches(self.config, seed=1), steps, autocast, inspect)
+        return [name for name in named if name not in reached]
 
 
 def check_builds(trial: Trial) -> str:
-    """`OfflineAlgorithm(backbone, config, device)` with Katakomba's config; the backbone is kept as it was given."""
-    torch.manual_seed(0)
-    backbone = trial.backbone()
-    given = {k: v.clone() for k, v in backbone.state_dict().items()}
-    algo = trial.module.OfflineAlgorithm(backbone=backbone, config=trial.config, device=trial.device)
-    require(isinstance(algo.model, nn.Module), "algo.model is not an nn.Module")
-    require(getattr(algo.model, "backbone", None) is backbone, "model.backbone is not the backbone that was given")
+    """`OfflineAlgorithm(backbone, config, device)` with the benchmark's config keeps the backbone as it was given."""
+    backbone = ModelBackbone(NUM_ACTIONS, **SMALL)
+    given = deepcopy(backbone.state_dict())
+    algo = trial.module.OfflineAlgorithm(backbone=backbone, config=trial.config, device="cpu")
+    assert getattr(algo.model, "backbone", None) is backbone, "model.backbone is not the backbone that was given"
     now = backbone.state_dict()
-    require(now.keys() == given.keys() and all(torch.equal(now[k], given[k]) for k in given), "the backbone was changed")
-    parameters = list(algo.parameters())
-    require(all(isinstance(p, torch.Tensor) for p in parameters), "parameters() does not give tensors")
-    trained, counted = {id(p) for p in parameters}, {id(p) for p in algo.model.parameters()}
-    require(len(trained) == len(parameters), "parameters() gives a tensor twice")
-    require(trained <= counted, "parameters() holds tensors that are not part of algo.model, so they would not be counted")
-    require({id(p) for p in backbone.parameters()} <= trained, "parameters() leaves out some of the backbone's")
-    return f"{len(parameters)} tensors to train"
+    assert all(torch.equal(given[name], now[name]) for name in now), "the backbone was changed"
+    trained, counted = ({id(p) for p in part.parameters()} for part in (algo, algo.model))
+    assert trained == counted, "parameters() are not those of algo.model, which are trained and counted"
+    return f"{len(counted)} tensors to train"
 
 
-def check_trains(trial: Trial, autocast: Optional[torch.dtype] = None) -> str:
-    """The loop; afterwards all weights are finite, and every tensor that is to be trained was still moved by the later steps.
-
-    The first steps do not show it: a block may do less there (nothing to burn in), and a GradScaler may skip them. All of the backbone has
-    to move too: under autocast a part of it can stop in silence (see `CastCache` in benchmark_standin.py).
-    """
-    algo = trial.algorithm()
-    inspect = _Inspector(algo, snapshot_at=STEPS // 2)
-    trial.train(algo, autocast, on_step=inspect)
-    now = dict(algo.model.named_parameters())
-    bad = [name for name, p in now.items() if not bool(torch.isfinite(p).all())]
-    require(not bad, f"not finite after {STEPS} steps: {_some(bad)}")
-    still = [name for name, p in inspect.snapshot.items() if torch.equal(now[name].detach(), p)]
-    hint = "; autocast's memory of a pass without gradient? (CastCache in benchmark_standin.py)" if autocast is not None else ""
-    require(not still, f"no gradient reaches {_some(still)}{hint}")
+def check_trains(trial: Trial, autocast: Any = None) -> str:
+    missed = trial.train(trial.algorithm(), autocast)
+    hint = "; is it autocast's memory of a pass without gradient (see CASTS)?" if autocast else ""
+    assert not missed, f"no gradient reaches {len(missed)} parameters, {', '.join(missed[:3])}{hint}"
     return f"{STEPS} steps"
 
 
-def _some(names: List[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def check_extreme_rewards(trial: Trial) -> str:
-    """Rewards at the bounds of the clip, all of one sign, or changing sign at every step."""
-    def at_the_bounds(sign: Callable[[Tuple[int, ...]], np.ndarray]) -> Iterator[Dict[str, np.ndarray]]:
-        for batch in standin.made_up_batches(trial.config, seed=2, game_end=0.02):
-            batch["rewards"] = sign(batch["rewards"].shape) * trial.config.clip_range
-            yield batch
-
-    signs: List[Callable[[Tuple[int, ...]], np.ndarray]] = [
-        np.ones, lambda shape: -np.ones(shape), lambda shape: 1.0 - 2.0 * (np.indices(shape)[1] % 2)]
-    for sign in signs:
-        trial.train(trial.algorithm(), batches=at_the_bounds(sign), scale_rewards=False)
-    return f"+-{trial.config.clip_range:g}"
+def check_extreme_weights(trial: Trial) -> str:
+    """A head with weights 10,000 times too large, where a careless exp is infinite, of both signs."""
+    for factor in (1e4, -1e4):
+        algo = trial.algorithm()
+        scale_weights(algo, factor)
+        trial.train(algo, steps=3)
+    return "head x +-10,000"
 
 
 @torch.no_grad()
@@ -516,235 +436,104 @@ def scale_weights(algo: Any, head: float, backbone: float = 1.0) -> None:
         parameter.mul_(backbone if name.startswith("backbone.") else head)
 
 
-def check_extreme_head(trial: Trial) -> str:
-    """A head with weights ten thousand times too large: values and advantages in the hundreds, where a careless exp is infinite.
-
-    With both signs, as a target network keeps the weights that the head had: one of the two makes the advantages large and positive.
-    """
-    for factor in (1e4, -1e4):
-        algo = trial.algorithm()
-        scale_weights(algo, factor)
-        trial.train(algo, steps=3)
-    return "weights x +-10,000"
-
-
-def own_loader_batch(config: standin.TrainConfig, seed: int, end: int, device: str = "cpu") -> standin.Batch:
-    """A batch with the dtypes and keys of our own loader, all rows at a game's start.
-
-    The game ends at frame `end - 1`, and what follows it does not count.
-    """
-    data = next(standin.made_up_batches(config, seed=seed, game_end=0.0))
-    batch = {k: torch.as_tensor(v, device=device) for k, v in data.items()}
-    place = torch.arange(config.seq_len + 1, device=device).expand(config.batch_size, -1)
-    batch["rewards"] = batch["rewards"].float() / 10.0
-    batch["dones"] = place == end - 1
-    batch["mask"] = place < end
-    batch["starts"] = torch.ones(config.batch_size, dtype=torch.bool, device=device)
-    return batch
-
-
-def check_held_out(trial: Trial) -> str:
-    """Our own loop: integer tensors, masked frames, starts and exact returns, without gradient. Frames that do not count carry no loss."""
-    losses = []
-    for change in (False, True):
-        algo = trial.algorithm()
-        batch = own_loader_batch(trial.config, 3, trial.config.seq_len - 3, trial.device)
-        if change:  # of what does not count: other rewards, and other actions than the data's
-            batch["rewards"] = torch.where(batch["mask"], batch["rewards"], torch.full_like(batch["rewards"], 7.0))
-            batch["actions"] = torch.where(batch["mask"], batch["actions"], (batch["actions"] + 1) % standin.NUM_ACTIONS)
-        before = torch.zeros((trial.config.batch_size, 1), dtype=torch.long, device=trial.device)
-        loss, states, info = algo.train_step(batch, before, {})
-        require(bool(torch.isfinite(loss)), f"loss is {loss.item()}")
-        losses.append(loss.item())
-        with torch.no_grad():
-            batch["returns"] = batch["rewards"].flip(1).cumsum(1).flip(1)
-            carried = {name: tuple(part.detach() for part in state) for name, state in states.items()}
-            held_out, states, info = algo.train_step(batch, batch["actions"][:, -2:-1], carried)
-        require(not held_out.requires_grad and bool(torch.isfinite(held_out)), f"without gradient the loss is {held_out}")
-        inspect_states(states, "held out: ")
-        inspect_info(info, "held out: ")
-    require(abs(losses[0] - losses[1]) <= 1e-6 * max(1.0, abs(losses[0])),
-            "frames that do not count change the loss: {} and {}".format(*losses))
-    return "masked frames carry no loss"
-
-
 def check_acts(trial: Trial) -> str:
-    """14 slots of noise: actions are whole numbers in range, and the same again from the same seed and from copies of the screens.
-
-    With fresh weights hardly an action that is drawn would depend on the screen: hence larger ones.
-    """
+    """Actions are whole numbers in range, and the same again from the same seed and from copies of the screens. With
+    fresh weights hardly an action that is drawn would depend on the screen: hence larger ones."""
     runs = []
     for overwritten in (True, True, False):
         algo = trial.algorithm()
         scale_weights(algo, 100.0, 4.0)
         torch.manual_seed(1)
         np.random.seed(1)  # noqa: NPY002  the global generator: a block may draw from it
-        runs.append(standin.run_acting(algo.model, ticks=4, slots=SLOTS, device=trial.device, overwritten=overwritten))
+        runs.append(run_acting(algo.model, 4, overwritten))
     for actions in runs[0]:
-        require(isinstance(actions, np.ndarray), f"vec_act returns a {type(actions).__name__}, not an ndarray")
-        require(np.issubdtype(actions.dtype, np.integer), f"actions are {actions.dtype}, not whole numbers")
-        require(actions.shape == (SLOTS,), f"actions have shape {actions.shape}, expected ({SLOTS},)")
-        require(bool(((actions >= 0) & (actions < standin.NUM_ACTIONS)).all()), f"actions outside of 0..{standin.NUM_ACTIONS - 1}")
-    require(all(np.array_equal(a, b) for a, b in zip(*runs[:2])), "other actions from the same weights and seed")
-    require(all(np.array_equal(a, b) for a, b in zip(runs[0], runs[2])),
-            "other actions where each tick's screens are arrays of their own: it keeps a view of one that the next tick overwrites")
-    return f"{SLOTS} slots, {runs[0][0].dtype}"
+        kind = f"{type(actions).__name__} {getattr(actions, 'dtype', '')} {list(np.shape(actions))}"
+        whole = isinstance(actions, np.ndarray) and actions.shape == (SLOTS,) and actions.dtype.kind == "i"
+        assert whole, f"vec_act gives {kind}, not an ndarray of {SLOTS} whole numbers"
+        assert 0 <= actions.min() and actions.max() < NUM_ACTIONS, f"actions outside of 0..{NUM_ACTIONS - 1}"
+    assert np.array_equal(runs[0], runs[1]), "other actions from the same weights and seed"
+    assert np.array_equal(runs[0], runs[2]), "other actions from screens that no tick overwrites: it keeps a view"
+    return f"{SLOTS} slots"
 
 
-def check_copies(trial: Trial) -> str:
-    """After training: `deepcopy(model)` works and acts, and the state dict goes into a fresh model without loss."""
-    algo = trial.algorithm()
-    trial.train(algo, steps=2)
-    weights = algo.model.state_dict()
-    copy = deepcopy(algo.model)
-    fresh = trial.algorithm()
-    with torch.no_grad():
-        for parameter in fresh.model.parameters():
-            parameter.zero_()
-    fresh.model.load_state_dict(weights)
-    for name, model in (("the copy", copy), ("the loaded model", fresh.model)):
-        other = model.state_dict()
-        require(other.keys() == weights.keys() and all(torch.equal(other[k], weights[k]) for k in weights), name + " has other weights")
-        standin.run_acting(model, ticks=2, device=trial.device)
-    return "deepcopy and state_dict"
-
-
-def head_size(algo: Any, backbone: nn.Module) -> int:
+def count(algo: Any) -> str:
     """Parameters beyond the backbone's, counted as the benchmark counts them."""
-    return sum(p.numel() for p in algo.model.parameters()) - sum(p.numel() for p in backbone.parameters())
-
-
-def check_size(trial: Trial) -> str:
-    backbone = trial.backbone(**FULL)
-    return budget(head_size(trial.module.OfflineAlgorithm(backbone=backbone, config=standin.TrainConfig(), device=trial.device), backbone))
-
-
-def budget(head: int) -> str:
-    over = [limit for limit in (TASK_LIMIT, SCRIPT_LIMIT) if head > limit]
-    require(not over, "{:,} parameters beyond the backbone, more than {}".format(head, " and than ".join(f"{limit:,}" for limit in over)))
+    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (algo.model, algo.model.backbone)]
+    head = sizes[0] - sizes[1]
+    over = [f"{limit:,}" for limit in (SCRIPT_LIMIT, TASK_LIMIT) if head > limit]
+    assert not over, f"{head:,} parameters beyond the backbone, more than {' and than '.join(over)}"
     return f"{head:,} parameters beyond the backbone; the limits are {SCRIPT_LIMIT:,} and {TASK_LIMIT:,}"
 
 
 def check_whole_file(block: Block) -> str:
-    """The whole file as the benchmark's budget script takes it: imported by path, not registered, its own backbone at full size."""
-    name = "_whole_file_under_check"
-    module = _module_by_path(block.path, name)
-    require(name not in sys.modules, "it registers itself in sys.modules")
-    backbone = module.ModelBackbone(action_dim=standin.NUM_ACTIONS, rnn_hidden_dim=2048, rnn_layers=2, rnn_dropout=0.0,
-                                    use_prev_action=True)
-    config = module.TrainConfig()
-    algo = module.OfflineAlgorithm(backbone=backbone, config=config, device="cpu")
-    return budget(head_size(algo, backbone))
+    """The whole file as the benchmark's budget script takes it: imported by path, its own backbone at full size."""
+    ast.parse(Path(block.path).read_text(encoding="utf-8"), block.path, feature_version=(3, 8))
+    module, sizes = module_by_path(block.path, {}), dict(rnn_hidden_dim=2048, rnn_layers=2, rnn_dropout=0.0)
+    backbone = module.ModelBackbone(action_dim=NUM_ACTIONS, use_prev_action=True, **sizes)
+    return count(module.OfflineAlgorithm(backbone=backbone, config=module.TrainConfig(), device="cpu"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-# ---------------------------------------------------------------------------------------------------------------------
+# --- All of it
+def run_checks(block: Block, full_size: bool = True, only: str = "") -> Iterator[Tuple[str, bool, str]]:
+    """Every finding: of which check, whether it passed, and what it says. Ends where the block does not load or build.
+    `full_size=False` leaves out networks of 57M parameters; `only`: no check that runs the block but this."""
+    found = check_text(block)
+    yield from (("text", False, f"line {line}: {complaint}") for line, complaint in found)
+    if not found:
+        yield "text", True, "Python 3.8, and no names but those provided"
+    trial = Trial(block)
+    checks: Dict[str, Callable[[], str]] = {
+        "loads": trial.load,
+        "builds": lambda: check_builds(trial),
+        "trains, float32": lambda: check_trains(trial),
+        "trains, bfloat16 autocast": lambda: check_trains(trial, torch.bfloat16),
+        "trains, float16 autocast": lambda: check_trains(trial, torch.float16),
+        "extreme weights": lambda: check_extreme_weights(trial),
+        "acts": lambda: check_acts(trial),
+        "head's size": lambda: count(trial.algorithm(TrainConfig(), rnn_hidden_dim=2048)),
+        "whole file by path": lambda: check_whole_file(block),
+    }
+    for name in list(checks)[: 7 + full_size + (full_size and block.whole_file)]:
+        if only in ("", name) or name == "loads":
+            passed, detail = attempt(block, checks[name])
+            yield name, passed, detail
+            if name in ("loads", "builds") and not passed:
+                return
 
-def run_checks(block: Block, full_size: bool = True) -> Iterator[Result]:
-    """Every check's result, in order. Those that need the block to run are left out where it cannot even be loaded or built.
 
-    `full_size=False` leaves out the two that build a 57M-parameter network.
-    """
-    yield attempt(block, "syntax", check_syntax, block)
+def attempt(block: Block, check: Callable[[], str]) -> Tuple[bool, str]:
+    """One check; whatever it raises is its result, with the innermost line of the file that it passed through."""
     try:
-        ast.parse(block.source)
-    except SyntaxError:
-        return  # told by the line above
-    yield attempt(block, "imports", check_imports, block)
-    yield attempt(block, "names from outside", check_names, block)
-
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    trials: List[Trial] = []
-
-    def start() -> str:
-        trials.extend(Trial(block, device) for device in devices)
-        return "by itself, among the provided names"
-
-    loaded = attempt(block, "loads", start)
-    yield loaded
-    if not loaded.passed:
-        return
-    trial = trials[0]
-    built = attempt(block, "builds", check_builds, trial)
-    yield built
-    if not built.passed:
-        return
-    yield attempt(block, "trains, float32", check_trains, trial)
-    yield attempt(block, "trains, bfloat16 autocast", check_trains, trial, torch.bfloat16)
-    yield attempt(block, "trains, float16 autocast", check_trains, trial, torch.float16)
-    for gpu in trials[1:]:
-        yield attempt(block, "trains on CUDA, float16", check_trains, gpu, torch.float16)
-        yield attempt(block, "acts on CUDA", check_acts, gpu)
-    yield attempt(block, "extreme rewards", check_extreme_rewards, trial)
-    yield attempt(block, "extreme head", check_extreme_head, trial)
-    yield attempt(block, "our own loader, held out", check_held_out, trial)
-    yield attempt(block, "acts", check_acts, trial)
-    yield attempt(block, "copies", check_copies, trial)
-    if full_size:
-        yield attempt(block, "head's size", check_size, trial)
-        if block.whole_file:
-            yield attempt(block, "whole file by path", check_whole_file, block)
-
-
-def attempt(block: Block, name: str, check: Callable[..., Any], *arguments: Any) -> Result:
-    """One check; whatever it raises is its result."""
-    try:
-        return Result(name, True, str(check(*arguments)))
-    except CheckFailed as failure:
-        return Result(name, False, str(failure))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the code under check may raise anything, SystemExit among it: all of it is a failed check
-        return Result(name, False, _one_line(error) + _place(block, error))
-
-
-def _one_line(error: BaseException) -> str:
-    return "{}: {}".format(type(error).__name__, " ".join(str(error).split()) or "no message")
-
-
-def _place(block: Block, error: BaseException) -> str:
-    """The innermost line of the file under check that the error passed through."""
-    lines = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        if os.path.basename(frame.filename) == STANDIN_FILE:
-            lines.append(block.where((frame.lineno or 1) - PROLOGUE.count("\n")))
-        elif os.path.abspath(frame.filename) == os.path.abspath(block.path):
-            lines.append(f"line {frame.lineno}")
-    return f" ({lines[-1]})" if lines else ""
+        return True, check()
+    except (Exception, SystemExit) as error:  # the code under check may raise anything
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        name, frames = os.path.basename(block.path), traceback.extract_tb(error.__traceback__)
+        lines = [f" (line {frame.lineno})" for frame in frames if os.path.basename(frame.filename) == name]
+        return False, kind + " ".join(str(error).split()) + "".join(lines[-1:])
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", nargs="?", default=DEFAULT_FILE, metavar="FILE", help="default: custom_nethack_pomdp.py")
-    parser.add_argument("--export", metavar="OUT", help="write the block there if it passes; overwrites nothing but an exported block")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", default=DEFAULT_FILE, help="default: custom_nethack_pomdp.py")
+    parser.add_argument("--export", type=Path, help="write the block there if it passes; overwrites only an export")
     options = parser.parse_args(argv)
+    out, failed = options.export, 0
     try:
         block = read_block(options.file)
-        if options.export:
-            may_export(options.export)  # before the long part
-    except UserError as error:
+        if out and os.path.lexists(out) and not (out.is_file() and out.read_bytes().startswith(EXPORT_MARK.encode())):
+            raise ValueError(f"will not overwrite {out}: it is not an exported block")
+        torch.set_num_threads(1)  # small networks: more only wait for each other
+        for name, passed, detail in run_checks(block):
+            print(f"{'ok' if passed else 'FAIL':4} {name}: {detail}", flush=True)
+            failed += not passed
+        if out and not failed:
+            out.write_text(EXPORT_MARK + block.source, encoding="utf-8")
+        if out:
+            print("not exported" if failed else f"written: {out}")
+    except (ValueError, OSError) as error:
         print(f"check_submission.py: {error}", file=sys.stderr)
         return 2
-
-    torch.set_num_threads(1)  # the networks are small: on a machine that is busy, threads only wait for each other
-    last = block.first_line + len(block.source.splitlines()) - 1
-    print(f"{block.path}, lines {block.first_line} to {last}", flush=True)
-    failed = 0
-    for result in run_checks(block):
-        print("{:4} {}: {}".format("ok" if result.passed else "FAIL", result.name, result.detail), flush=True)
-        failed += not result.passed
-    if failed:
-        print("{} of the checks failed{}".format(failed, "; not exported" if options.export else ""))
-        return 1
-    if options.export:
-        try:
-            export(block, options.export)
-        except UserError as error:
-            print(f"check_submission.py: {error}", file=sys.stderr)
-            return 2
-        print(f"written: {options.export}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ RECORDED = ROOT / "tests" / "data" / "nle_data"
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "pinned_stack: needs what only requirements.txt's versions have (skipped by scripts/test_legacy.sh)")
+    marker = "pinned_stack: needs what only requirements.txt's versions have (skipped by scripts/test_legacy.sh)"
+    config.addinivalue_line("markers", marker)
 
 
 @pytest.fixture(scope="session")
 def recorded_games():
     """{character: games found in tests/data}, each with at least two games."""
-    found = {character: pomdp.find_nld_games(RECORDED, character).games for character in CHARACTERS}
+    found = {character: pomdp.find_nld_games(RECORDED, character)[0] for character in CHARACTERS}
     assert all(len(games) >= 2 for games in found.values())
     return found
 
@@ -47,7 +48,9 @@ def stores_path(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stores(stores_path):
     """{character: chunk store of its games in tests/data}."""
-    return {character: pomdp.open_or_build_store(str(RECORDED), str(stores_path), character) for character in CHARACTERS}
+    return {
+        character: pomdp.open_or_build_store(str(RECORDED), str(stores_path), character) for character in CHARACTERS
+    }
 
 
 @pytest.fixture(scope="session")

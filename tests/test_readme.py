@@ -1,8 +1,6 @@
-"""The README says what is: its commands are taken as they stand, its table of settings is the code's, its results are those of the
-rows in scripts/results."""
+"""The READMEs say what is: every number in them is a row's or the code's, every command, setting and file is there."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -15,115 +13,352 @@ import pytest
 import custom_nethack_pomdp as pomdp
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-GAMES = ROOT / "tests" / "data" / "nle_data"
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-SCRIPTS = [command for command in COMMANDS if command[0] == "python" and command[1].startswith("scripts/")]
-RUNS = [command[command.index("custom_nethack_pomdp.py") + 1 :] for command in COMMANDS if "custom_nethack_pomdp.py" in command]
-# What is too long, or needs a network or a terminal, for this file: the tests that run it.
-ELSEWHERE = {"scripts/get_nld_aa.py": "test_get_nld_aa.py", "scripts/watch.py": "test_watch.py", "scripts/benchmark.py": "test_fast.py",
-             "scripts/record_games.py": "test_record.py", "scripts/soak.py": "test_soak.py",
-             "scripts/standin_study.py": "test_standin_study.py"}  # fmt: skip
+sys.path.insert(0, str(ROOT / "scripts"))
+import report
+
+RESULTS = ROOT / "scripts" / "results"
+NAMES = ("README.md", "scripts/results/README.md", "scripts/agents/README.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+SOURCES = [
+    ROOT / "custom_nethack_pomdp.py",
+    *(path for path in (ROOT / "scripts").rglob("*.*") if path.suffix in (".py", ".yaml", ".sh")),
+]
+CODE = "\n".join(path.read_text(encoding="utf-8") for path in [*SOURCES, *RESULTS.glob("*.jsonl")])
+CONFIG, CONFIGS = pomdp.TrainConfig(), [f"scripts/configs/{name}.yaml" for name in ("quickstart", "gpu")]
 
 
-def names_of(command):
-    return command[1] + " " + " ".join(token for token in command[2:] if token.startswith("--"))
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers. What is left of a README without its code, the lines of generated tables and the phrases below has no digit.
+# ----------------------------------------------------------------------------------------------------------------------
+def rows_of(name):
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_command_is_of_a_known_kind():
-    assert len(COMMANDS) > 25 and len(RUNS) > 9 and len(SCRIPTS) > 12
-    for command in COMMANDS:
-        if command[0] == "bash":
-            subprocess.run(["bash", "-n", str(ROOT / command[1])], check=True)
+def report_lines(*names):
+    return report.make_table(report.collect(report.read_all([RESULTS / name for name in names]))).splitlines()
+
+
+def benchmark_lines(rows):
+    if isinstance(rows, dict):
+        command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--table", str(RESULTS / "benchmark.json")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    lines, grown = [], {}
+    for row in rows:
+        if row["row"] != "grow":
+            cells = f"{row['row']} | {row['what']} | {row['ours']:,.0f} | {row['theirs']:,.0f} | {row['unit']}"
+            lines.append(f"| {cells} | {row['spread']:.0%} | {row['ratio']:.1f} x |")
         else:
-            assert command[0] in ("python", "torchrun"), command
-            assert "custom_nethack_pomdp.py" in command or (ROOT / command[1]).is_file(), command
+            times, games, cores = re.search(r"(\d+) x the games \(([\d,]+)\), (\d) core", row["what"]).groups()
+            part = f"{row['ours']:,.0f} | {row['peak_memory_mb']:,} MB |"
+            grown.setdefault(f"| {games} ({times} x) | {cores} |", []).append(part)
+    return lines + [" ".join([begin, *parts]) for begin, parts in grown.items()]
 
 
-@pytest.mark.parametrize("arguments", RUNS, ids=" ".join)
-def test_settings_of_the_runs_are_taken(arguments, monkeypatch, capsys):
-    """What the runs then do is tested in test_run.py (one process) and test_ranks.py (torchrun)."""
-    monkeypatch.chdir(ROOT)
-    arguments = [str(GAMES) if token == "DATA_DIR" else token for token in arguments if token != "..."]
-    if "--help" in arguments:
-        with pytest.raises(SystemExit) as ended:
-            pomdp.parse_config(arguments)
-        assert ended.value.code == 0 and "--learning_rate" in capsys.readouterr().out
-    else:
-        config = pomdp.parse_config(arguments)
-        assert config.data_path == str(GAMES) or "--submission" in arguments
-
-
-@pytest.mark.pinned_stack
-@pytest.mark.parametrize("command", SCRIPTS, ids=names_of)
-def test_scripts_take_their_arguments(command, tmp_path):
-    script, arguments = command[1], command[2:]
-    if script in ELSEWHERE:
-        asked = [sys.executable, str(ROOT / script), "--help"]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=True).stdout
-        assert all(token in said for token in arguments if token.startswith("--")), said
-        assert Path(script).name in (ROOT / "tests" / ELSEWHERE[script]).read_text(encoding="utf-8")
-        return
-    places = {"DATA_DIR": str(GAMES), "REPORT_DIR": str(tmp_path / "report"), "block.py": str(tmp_path / "block.py")}
-    arguments = [places.get(token, token) for token in arguments]
-    if script.endswith("study.py") and "--dry_run" not in arguments:
-        arguments.append("--dry_run")  # whole studies are run in test_study.py
-    if script.endswith("inspect_data.py"):
-        arguments.append("--quick")
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
-def settings_table():
-    """The table of all settings, from the comments of TrainConfig."""
-    lines, parser = [], pomdp.help_parser()
-    for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.dest in pomdp.config_types()]
-        if actions:
-            lines += [f"| **{group.title}** | | |"]
-        for action in actions:
-            meaning, default = re.fullmatch(r"(.*) \(default: (.*)\)", action.help.replace("%%", "%")).groups()
-            lines.append(f"| `{action.dest}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |")
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *lines])
-
-
-def test_the_table_of_settings_is_the_code_s():
-    assert settings_table() in README, f"put this into README.md:\n{settings_table()}"
-
-
-STUDIED = sorted((ROOT / "scripts" / "results").glob("cpu_*.jsonl"))
-
-
-@pytest.mark.pinned_stack
-def test_results_are_those_of_the_rows(tmp_path):
-    """Every line of the results' tables is one that report.py makes of the rows of one study."""
-    reports = []
-    for rows in STUDIED:
-        out = tmp_path / rows.stem
-        subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py"), str(rows), "--out", str(out)], check=True, timeout=240)
-        reports.append((out / "report.md").read_text(encoding="utf-8").splitlines())
-    section = README[README.index("## Results") : README.index("**As the benchmark runs it.**")]
-    lines = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith(("| arm", "| :"))]
-    assert len(lines) > 30 and len(STUDIED) >= 2
-    for line in lines:
-        assert any(line in report for report in reports), line
-
-
-def test_benchmark_s_table_is_that_of_its_rows():
-    """Each ratio of the README's table is that of a row in scripts/results/benchmark.json."""
-    rows = json.loads((ROOT / "scripts" / "results" / "benchmark.json").read_text(encoding="utf-8"))
-    ratios = {row["what"]: row["ratio"] for row in rows if row["ratio"]}
-    lines = re.findall(r"^\| (?:read|build|act|play|evaluate|train|ranks) \| (.*?) \|.*\| \*?\*?([\d.]+) x\*?\*? \|", README, re.MULTILINE)
-    assert len(lines) > 8
-    for what, ratio in lines:
-        assert f"{ratios[what]:.1f}" == ratio, what
-
-
-def test_the_stand_in_s_table_is_that_of_its_rows():
-    for row in map(json.loads, (ROOT / "scripts" / "results" / "standin.jsonl").read_text(encoding="utf-8").splitlines()):
+def standin_lines():
+    yield "| block | transitions | training loss | held-out loss (nats) | accuracy | games | points [95 %] |"
+    for row in rows_of("standin.jsonl"):
         heldout, scores = row["heldout"], np.array(row["played"]["scores"])
         low, high = pomdp.bootstrap_interval(scores)
-        assert (f"| {row['algorithm']} | {row['transitions']:,} | {row['train_loss']:.2f} | {heldout['loss_per_action']:.2f} "
-                f"| {heldout['accuracy']:.0%} | {len(scores)} | {scores.mean():.1f} [{low:.1f}, {high:.1f}] |") in README  # fmt: skip
+        learned = f"{row['train_loss']:.2f} | {heldout['loss_per_action']:.2f} | {heldout['accuracy']:.0%}"
+        played = f"{len(scores)} | {scores.mean():.1f} [{low:.1f}, {high:.1f}]"
+        yield f"| {row['algorithm']} | {row['transitions']:,} | {learned} | {played} |"
+
+
+def gpu_lines():
+    for row in json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["train"]:
+        loaded = f"{row['loaded']:,}" if "loaded" in row else report.NOTHING
+        yield f"| {row['batch']} | {row.get('what', row.get('look_up'))} | {row['ready']:,} | {loaded} |"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Phrases with numbers, written from the rows and the code. Those in quotes alone are no results: versions, definitions,
+# others' papers.
+# ----------------------------------------------------------------------------------------------------------------------
+def phrases_of_readme():
+    limits = (ROOT / "tests" / "test_budget.py").read_text(encoding="utf-8")
+    lines, size, columns = re.search(r"LIMIT_COLUMNS = (\d+), ([\d_]+), (\d+)", limits).groups()
+    previous = float(SMALL["mon-hum-neu", "no_prev_action"]["loss more than ours"].split()[0])
+    return [
+        f"policy stream of {pomdp.NUM_ACTIONS} logits",
+        f"the previous action {previous:.2f} nats",
+        f"frames in blocks of {pomdp.BLOCK},",
+        f"after {pomdp.NO_PROGRESS_STEPS:,} steps without a turn",
+        f"{CONFIG.update_steps:,} updates of {CONFIG.batch_size} x {CONFIG.seq_len} = {BUDGET / 1e6} million",
+        f"{CONFIG.eval_episodes} games with the last weights",
+        f"within {int(lines):,} lines, {int(size) // 1000} kB and {columns} columns",
+        *("Python 3.10 to 3.13", "some 0.02 in size", "normalised to mean 1", "1 is plain imitation", "exit code 2"),
+        *("w)^2 / (n sum w^2)", "95 % bootstrap interval", "on 1, 2 or 3 processes"),
+        "nle 0.9.1 with gym 0.23.0 and numpy 1.26",
+        *("bf16 within its tolerance", "fp32, bf16 and fp16"),
+        f"{agent_facts()[1]} in {agent_facts()[2]}.",
+        *("LSTM of 512 units", "on NLE 0.9.0, not NLD-AA itself"),
+        "Each character's 200 games",
+        f"(LSTM of 2,048, {BUDGET / 1e6} million transitions a character, a GPU) have 0.024, 0.0216 and 0.089",
+    ]
+
+
+def agent_facts():
+    """Of the agent in the box: budget and scores, as they stand in its rows."""
+    training = rows_of("small_512/training.jsonl")
+    logged = [row for row in training if "charts/SPS" in row]
+    steps = np.diff([0, *(row["transitions"] for row in logged)])
+    minutes = sum(steps / np.array([row["charts/SPS"] for row in logged])) / 60
+    return training[-1], f"{logged[-1]['transitions'] / 1e6:.1f} million transitions", f"{minutes:.0f} minutes"
+
+
+def geometric_means():
+    """Over Monk's and Valkyrie's first 100 games, by temperature."""
+    for temperature, folder in ((1, "small_512"), (0.8, "small_512_t0.8"), (0.6, "small_512_t0.6")):
+        means = []
+        for character in ("mon-hum-neu", "val-hum-neu"):
+            lines = (RESULTS / folder / f"7000_{character}_games.csv").read_text().splitlines()
+            place = lines[0].split(",").index("normalized_score")
+            means.append(np.mean([float(line.split(",")[place]) for line in lines[1:101]]))
+        yield f"{temperature:g} has {np.prod(means) ** 0.5:.4f}"
+
+
+def phrases_of_agent():
+    last, budget, minutes = agent_facts()
+    scores = rows_of("small_512/metrics.jsonl")[0]
+    shown = []
+    for name, character in (("Monk", "mon-hum-neu"), ("Valkyrie", "val-hum-neu"), ("Ranger", "ran-hum-neu")):
+        mean, low, high = (scores[f"{character}/normalized_score{end}"] for end in ("", "_low", "_high"))
+        shown.append(f"{name} {mean:.3f} [{low:.3f}, {high:.3f}]")
+    depth = np.mean([scores[f"{character}/depth_mean"] for character in ("mon-hum-neu", "val-hum-neu", "ran-hum-neu")])
+    return [
+        f"updates of 32 x 32 = {budget}, one thread of a CPU, {minutes} (bf16)",
+        f"{last['step']:,} ",
+        f"{last['heldout/loss_per_action']:.3f} nats an action, {last['heldout/accuracy']:.1%} of".replace("%", " %"),
+        f"explained variance of the value {last['heldout/explained_variance']:.2f}",
+        ", ".join(shown) + ": 200 games each",
+        f"(mean depth {depth:.1f})",
+        *(
+            "small_512",
+            "LSTM of 2 x 512",
+            "has 2 x 2,048",
+            "; 12 MB in",
+            "on NLE 0.9.0",
+            "1e-3, cosine",
+            "clipped at 1;",
+        ),
+        "172 whole games of AutoAscend of these three characters, their first 15,000 frames",
+        "and the first 5,000 frames of 461 more",
+    ]
+
+
+def phrases_of_results():
+    def cell(column, arm, character="mon-hum-neu"):
+        return SMALL[character, arm][column]
+
+    def more(arm, digits=3, character="mon-hum-neu"):
+        return f"{abs(float(cell('loss more than ours', arm, character).split()[0])):.{digits}f}"
+
+    config, stand = ROWS[0]["config"], rows_of("standin.jsonl")[0]
+    few = next(row for row in ROWS if row["algorithm"] == "few_games")
+    points, bc_losses = (
+        "points more than ours",
+        [
+            row["heldout"]["loss_per_action"]
+            for row in ROWS
+            if row["algorithm"] == "bc" and "mon-hum-neu" in row["scores"]
+        ],
+    )
+    loss = {arm: cell("held-out loss, nats", arm).split()[0] for arm in ("plain_head",)}
+    games = [row["data"][row["characters"][0]]["heldout"]["games"] for row in (ROWS[0], VALKYRIE)]
+    samurai = "sam-hum-law"
+    recorded = next(row["data"][samurai] for row in rows_of("cpu_untouched.jsonl") if samurai in row["data"])
+    weights, autoascend = pomdp.AWRConfig(), float(cell("points", "AutoAscend, in as many actions").split()[0])
+    lam = [part.strip("[],") for part in cell(points, "lam_0").replace("-", "").split()]
+    return [
+        f"an LSTM of {ROWS[0]['rnn_hidden_dim']} units instead of the benchmark's {CONFIG.rnn_hidden_dim:,}",
+        f"{ROWS[0]['transitions']:,} transitions ({config['update_steps']} updates) instead of {BUDGET / 1e6} million",
+        f"games cut at {config['eval_max_steps']:,} actions",
+        f"own first {config['eval_max_steps']:,} actions AutoAscend itself has {autoascend:.0f} points",
+        f"({config['batch_size']} rows of {config['seq_len']} steps, the same",
+        f"({games[0]} of Monk, {games[1]} of Valkyrie)",
+        f"have three seeds and {cell('games', 'ours')} games a character",
+        f"each of its {len(ROWS[3]['scores']['mon-hum-neu'])} games a seed",
+        f"up to 8 stretches of {int(max(row['frames'] for row in HELDOUT)) // 8} frames",
+        "leaves out 0.",
+        f"{more('plain_head', 1)} nats more; after {config['update_steps']} updates",
+        f"each action is taken ({float(loss['plain_head']):.2f} nats)",
+        f"(held-out loss on Monk {min(bc_losses):.2f} to {max(bc_losses):.2f})",
+        f"**The previous action**: {more('no_prev_action', 2)} nats",
+        f"lower by {more('bc_ours')} nats on Monk and {more('bc_ours', 3, 'val-hum-neu')} on Valkyrie",
+        f"differ by {cell(points, 'bc_ours')} and {cell(points, 'bc_ours', 'val-hum-neu')}.",
+        f"(beta {weights.beta:g}, weights up to {weights.max_weight:g})",
+        f"sharper weights cost {more('sharp_weights', 2)} nats",
+        f"have {cell('points', 'ours / argmax').split()[0]} points on Monk",
+        f"and {cell('points', 'ours / argmax', 'val-hum-neu').split()[0]} on Valkyrie",
+        f"Temperature 0.7 looks better than {weights.temperature:g}",
+        f"({cell(points, 'ours / temperature_0.7')} points more on Monk,",
+        f"{cell(points, 'ours / temperature_0.7', 'val-hum-neu')} on Valkyrie)",
+        f"tried on {cell('games', 'ours / temperature_0.7')} games each",
+        f"burn-in ({more('no_burn_in')} nats)",
+        f"{more('lam_0')} nats, but {lam[0]} [{lam[2]}, {lam[1]}] points less",
+        f"learned from {few['data']['mon-hum-neu']['training']['games']} games",
+        f"{more('few_games')} nats more on the same nine held-out games",
+        f"is over {few['data']['mon-hum-neu']['heldout']['games']})",
+        f"training loss of {few['train_loss']:.2f}.",
+        f"The other arms have {ROWS[0]['data']['mon-hum-neu']['training']['games']} to learn from",
+        f"(Samurai has {recorded['training']['games'] + recorded['heldout']['games']} in all)",
+        "an 18 x 18 crop drawn as a picture, and 14 game slots",
+        f"LSTM of {stand['rnn_hidden_dim']}, batches of {stand['batch_size']} x {stand['seq_len']},",
+        f"float32, held-out loss on {stand['heldout']['transitions']:,} steps of nine games",
+        f"costs {stand['heldout']['frequencies']:.2f})",
+        "games cut at 1,000 actions. The block wins",
+        f"after {CONFIG.update_steps:,} updates so short a run",
+        f"whole budget of {BUDGET / 1e6} million transitions",
+        f"a line through {config['update_steps']} updates says nothing about {CONFIG.update_steps:,}",
+        "about 800 points at 0.45 nats an action, 2,270 at 0.22 and 4,000 to 5,500 at 0.15",
+        f"The target of 0.20 on Monk, {0.2 * MONK:,.0f} points, therefore asks for some 0.17 nats",
+        "on the first 100 games of the same seeds",
+        "on those 100 games",
+        *geometric_means(),
+        ": 1 stays",
+        *phrases_of_gpu(),
+        *phrases_of_speed(BENCHMARK),
+    ]
+
+
+def phrases_of_gpu():
+    gpu = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))
+    off = {row["precision"]: row["difference"] for row in gpu["agreement"]}
+    pace = {(row["batch"], row.get("what", row.get("look_up"))): row["ready"] for row in gpu["train"]}
+    ours, iql = pace["1024 x 32", "copies"], max(pace[batch, "Katakomba's IQL"] for batch in ("64 x 16", "128 x 16"))
+    return [
+        f"which alone gives {gpu['loader_alone']:,}",
+        f"makes {ours / pace['1024 x 32', 'embedding']:.1f} times the pace at 1024 x 32",
+        f"that is {ours / iql:.1f} times; the targets of 10 times and of 300,000",
+        f"by at most {off['fp32']} in fp32, {off['bf16']} in bf16 and {off['fp16']} in fp16 from the CPU's in fp32",
+        *("One NVIDIA H200, full size, bf16", "in 64 copies of the table", "over 20 updates of 8 x 16"),
+    ]
+
+
+def phrases_of_speed(rows):
+    """Of the older form of benchmark.json."""
+    if isinstance(rows, dict):
+        return []
+    find = {(row["row"], row["what"]): row for row in rows}
+    read = find["read", "chunk store against TtyrecDataset, one core, 64 x 16"]
+    update = find["train", "update at 64 x 16 on cpu against Katakomba's IQL at 64 x 16"]
+    same = [find["act", f"packed step in {kind} against nn.LSTM, 8 games"] for kind in ("fp32", "bf16")]
+    memmap = find["read", "chunk store against Katakomba's memmap reader, one core, 64 x 16"]
+    build, slow = find["build", "making the store against decoding alone, one core"]["ours"], rows[-1]["ours"]
+    frames, size = 3_481_605_009, read["bytes_a_frame"]  # of NLD-AA, arXiv 2211.00539, table 1
+    return [
+        f"{read['machine']}, on 58 Monk games",
+        f"The store takes {size} bytes a frame (raw: 3,840) and a reader {read['peak_memory_mb']} MB in all",
+        "in {:.1%} (float32) and {:.1%} (bfloat16) of frames".format(*(row["equal_greedy_actions"] for row in same)),
+        "average 230 MB of gradients on top",
+        f"waits for data {update['waiting_for_data']:.2%} of its time",
+        f"matrix products run at {update['share_of_matrix_peak']:.0%} of what",
+        f"at {memmap['katakomba_bytes_a_frame'] / size:.0f} times the disk",
+        f"(109,545 games, {frames:,} transitions)",
+        f"disk {size} x 3.48e9 = {size * frames / 1e9:.0f} GB",
+        "an index of 0.8 GB",
+        f"building 3.48e9 / {build:,.0f} frames/s = {frames / build / 3600:.0f} core hours",
+        f"3.48e9 / {slow:.0f} = {frames / slow / 3600:,.0f} hours",
+        f"(at 300,000 transitions/s it would be {frames / 300_000 / 3600:.1f} hours",
+    ]
+
+
+def cells_of(lines):
+    """{(character, arm): {column: cell}} of a report's table; columns without their "[95 %]"."""
+    header, _, *cells = ([cell.strip(" *") for cell in line.strip("|").split(" | ")] for line in lines)
+    names = [name.split(" [")[0] for name in header]
+    return {(line[0], line[1]): dict(zip(names, line)) for line in cells}
+
+
+ROWS = rows_of("cpu_small.jsonl")
+HELDOUT = [game for row in ROWS for games in row["heldout_games"].values() for game in games.values()]
+VALKYRIE = next(row for row in ROWS if row["characters"] == ["val-hum-neu"])
+MONK, BUDGET = pomdp.AUTOASCEND_MEAN_SCORE["mon-hum-neu"], CONFIG.update_steps * CONFIG.batch_size * CONFIG.seq_len
+BENCHMARK = json.loads((RESULTS / "benchmark.json").read_text(encoding="utf-8"))
+AGENTS = ("small_512", "small_512_t0.8", "small_512_t0.6")
+REPORTS = [report_lines(*names) for names in (["cpu_small.jsonl"], ["cpu_untouched.jsonl"], AGENTS[:1], AGENTS)]
+SMALL = cells_of(REPORTS[0])
+LINES = {*(line for lines in REPORTS for line in lines), *benchmark_lines(BENCHMARK), *standin_lines(), *gpu_lines()}
+PHRASES = dict(zip(NAMES, (phrases_of_readme(), phrases_of_results(), phrases_of_agent())))
+
+
+def visible(text):
+    """A README without code, comments, targets of links, papers' numbers and licences; a paragraph on one line."""
+    text = re.sub(r"```.*?```", "", text.split("## Licences and citation")[0], flags=re.DOTALL)
+    text = re.sub(r"arXiv \d{4}\.\d{5}|\]\(.*?\)|<!--.*?-->", "", re.sub(r"`[^`\n]*`", "``", text))
+    return re.sub(r"(?<!\|)\n *(?![|\n])", " ", text)
+
+
+def unexplained(text, phrases):
+    """Phrases that are not there, and places of numbers that nothing explains."""
+    text = "\n".join(line for line in text.splitlines() if line not in LINES)
+    wrong = [f"not there: {phrase}" for phrase in phrases if phrase not in text]
+    for phrase in sorted(phrases, key=len, reverse=True):
+        text = text.replace(phrase, "")
+    return wrong + [f"from no row: ...{found[0]}..." for found in re.finditer(r".{0,40}\d[^\n]{0,40}", text)]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_number_is_a_row_s_or_the_code_s(name):
+    assert unexplained(visible(TEXTS[name]), PHRASES[name]) == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_false_number_is_noticed(name):
+    text = visible(TEXTS[name])
+    digits = [match.start() for match in re.finditer(r"\d", text)]
+    for place in digits[:: len(digits) // 10]:
+        false = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        assert unexplained(false, PHRASES[name]), text[place - 30 : place + 30]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands, files and names
+# ----------------------------------------------------------------------------------------------------------------------
+def commands():
+    for text in TEXTS.values():
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
+        yield from re.findall(r"`((?:python|bash|torchrun) [^`]+)`", text)
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(commands()))
+def test_a_command_names_scripts_options_and_settings_that_exist(line):
+    program, *words = shlex.split(line, comments=True)
+    script = next((word for word in words if word.endswith((".py", ".sh"))), "")
+    assert program in ("python", "bash", "torchrun", "source"), line
+    for word in words:
+        assert not word.startswith(("scripts/", "tests/")) or (ROOT / word).exists(), word
+    arguments = words[words.index(script) + 1 :] if script else []
+    options = [word[2:] for word in arguments if word.startswith("--")]
+    if script == "custom_nethack_pomdp.py":
+        assert set(options) <= {*vars(CONFIG), "config", "help"}
+        assert all(path in CONFIGS for name, path in zip(arguments, arguments[1:]) if name == "--config")
+    elif script:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        assert [option for option in options if not re.search(rf'"(--)?{option}"', source)] == []
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_config_files_are_taken(path):
+    pomdp.parse_config(["--config", str(ROOT / path)])
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_and_names_exist(name):
+    text = TEXTS[name]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+    for path in re.findall(r"(?:scripts|tests|\.ci)/[\w./]*\w", " ".join(spans)):
+        assert (ROOT / path).exists(), path
+    for word in re.findall(r"(?<![\w/])[a-z]+(?:_[a-z0-9]+)+(?![\w.]|/)", " ".join(spans)):
+        made = word.split("_")[0] + "_{"  # an f-string's: reward_{statistic}
+        assert word in CODE or made in CODE, word
+
+
+def test_the_readme_is_short_and_its_promises_name_their_tests():
+    assert len(TEXTS["README.md"].splitlines()) <= 260
+    promises = TEXTS["README.md"].split("| promise | test |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(promises) > 10
+    assert [line for line in promises if not re.search(r"`(tests/test_\w+\.py|scripts/\w+\.\w+)` \|$", line)] == []

@@ -1,9 +1,9 @@
 """The trials of scripts/soak.sh in short: one place holds the code, the script runs it at full length."""
 
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,37 +13,36 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import soak
 
 
-def soak_main(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / "soak.py"), *arguments], env=environment, capture_output=True, text=True,
-                          timeout=600, check=False)  # fmt: skip
+@pytest.fixture
+def trial(capfd):
+    """trial(arguments...) -> exit status, stdout, stderr of scripts/soak.py."""
+    return lambda *arguments: (soak.main(list(arguments)), *capfd.readouterr())
 
 
-@pytest.mark.parametrize("trial, says", [
-    (("--kills", "1", "--seed", "7"), "writing a checkpoint, call"), (("--inputs", "270"), "inputs: checkpoint"),
-    (("--games", "60"), "games: 60 in"),
-], ids=["kills", "inputs", "games"])  # fmt: skip
-def test_a_short_trial(trial, says):
-    result = soak_main(*trial)
-    assert result.returncode == 0, result.stderr
-    assert says in result.stdout and f"{trial[0][2:]}: {trial[1]} passed" in result.stdout
+def test_a_killed_run_and_one_on_a_full_disk_go_on(trial):
+    status, out, err = trial("--kills", "2", "--seed", "2")
+    assert status == 0 and "kills: 2 passed" in out, err
+    assert "writing a checkpoint, call" in out and "full disk, call" in out
 
 
-def test_a_full_disk(tmp_path):
-    """One line, no traceback, no half file; what was written before is whole."""
-    status, _, err = soak.finish(soak.start(tmp_path, "full disk", 2))
-    assert status == 2 and err.count("error: ") == 1 and "cannot write" in err and "Traceback" not in err
-    (run,) = (tmp_path / "runs" / "custom-nethack-pomdp-v0").iterdir()
-    assert soak.pomdp.read_checkpoint(run / "last.pt")["step"] == 3
-    assert not list(run.glob(".*"))
+def test_games_without_end(trial):
+    status, out, err = trial("--games", "12")
+    assert status == 0 and out.count("games on ") == 3 and "games: 12 passed" in out, err
 
 
-def test_trials_can_fail(tmp_path):
+def test_trials_can_fail(trial, monkeypatch):
     """A soak that passes whatever happens would show nothing."""
-    with pytest.raises(soak.Failure, match="weight"):
-        soak.must_equal({"weight": 1, "rows": []}, {"weight": 2, "rows": []}, "trial")
-    with pytest.raises(soak.Failure, match="rows"):
-        soak.must_equal({"weight": 1}, {"weight": 1, "rows": []}, "trial")
-    (tmp_path / "a").write_bytes(b"0123456789" * 20)
-    damaged = [soak.damage((tmp_path / "a").read_bytes(), soak.random.Random(seed)) for seed in range(40)]
-    assert sum(data != (tmp_path / "a").read_bytes() for data in damaged) >= 38
+    for statuses, weights, says in (
+        ([1], [], "undisturbed run ended with 1"),
+        ([0, 1], [5], "run 1 .*it ended with 1"),
+        ([0, -9, 2], [5], "resumed, it ended with 2"),
+        ([0, -9, 0], [5, 6], "not as undisturbed: weight"),
+    ):
+        monkeypatch.setattr(soak, "run", Mock(side_effect=[(status, "") for status in statuses]))
+        monkeypatch.setattr(soak, "outcome", Mock(side_effect=[{"weight": weight} for weight in weights]))
+        status, _, err = trial("--kills", "1")
+        assert status == 1 and re.search(says, err), (statuses, err)
+    rounds = [[(0, score), (1, 2)] for score in (5, 6)]
+    monkeypatch.setattr(soak.pomdp, "vec_evaluate", Mock(side_effect=rounds))
+    status, _, err = trial("--games", "24")
+    assert status == 1 and "not those of round 1" in err

@@ -1,4 +1,4 @@
-"""The studies' variants of ours: each differs in the one thing that it is named for."""
+"""The benchmark's references, and the studies' variants of ours: each differs in the one thing that it is named for."""
 
 import sys
 from pathlib import Path
@@ -9,37 +9,114 @@ import torch
 
 import custom_nethack_pomdp as pomdp
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "studies" / "variants"))
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS / "studies" / "variants"))
 import averaged_weights
 import crop_only
 import hl_gauss
 import plain_head
 
+VARIANTS = sorted((SCRIPTS / "studies" / "variants").glob("*.py"))
+REFERENCES = sorted((SCRIPTS / "references").glob("*.py"))
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = pomdp.TrainConfig(algorithm={"head_dim": 24})
+CPU = torch.device("cpu")
+
+
+def config(**settings):
+    return pomdp.TrainConfig(rnn_hidden_dim=16, seq_len=8, **settings)
 
 
 def algorithm_of(module):
     torch.manual_seed(0)
-    return module.OfflineAlgorithm(pomdp.ModelBackbone(pomdp.NUM_ACTIONS, 16, 2), CONFIG, "cpu")
+    backbone = pomdp.ModelBackbone(pomdp.NUM_ACTIONS, 16)
+    return module.OfflineAlgorithm(backbone, config(algorithm={"head_dim": 24}), "cpu")
 
 
 @pytest.fixture
-def batch(games):
-    """Four rows of recorded games; a new copy each time, as train_step keeps nothing of it."""
-    loader = pomdp.ChunkLoader(games, np.arange(len(games.frames)), 4, 8, 0, 1.0, 10.0)
-    return loader.batch_at(3)
+def batches(games):
+    """Batches of four rows of recorded games, as they come from the loader."""
+    return pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0).batch_at
 
 
-def step(algorithm, batch):
-    inputs = dict(batch)
-    return algorithm.train_step(inputs, inputs.pop("prev_actions"), {})
+def step(algorithm, batch, states=None):
+    batch = dict(batch)
+    return algorithm.train_step(batch, batch.pop("prev_actions"), states or {})
 
 
-def test_the_average_is_what_is_scored_played_and_saved(batch):
-    algorithm = algorithm_of(averaged_weights)
-    expected = [parameter.detach().clone() for parameter in algorithm.parameters()]
+def observations(batch, t=0):
+    obs = {name: batch[name][:, t].numpy() for name in pomdp.OBSERVATIONS}
+    return {**obs, "prev_actions": batch["prev_actions"][:, 0].numpy()}
+
+
+@pytest.mark.parametrize("path", VARIANTS + REFERENCES, ids=lambda path: path.stem)
+def test_each_one_is_a_submission_that_learns_resumes_and_acts(path, batches):
+    """Through the loop's own way to load it, and carrying its states from batch to batch."""
+    algorithm = pomdp.make_algorithm(config(submission=str(path)), CPU)
+    optimizer, states, losses = torch.optim.Adam(algorithm.parameters(), lr=3e-3), {}, []
+    for number in range(30):
+        loss, states, info = step(algorithm, batches(number % 3), states if number % 3 else {})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        algorithm.after_gradient_step()
+        losses.append(info["loss_per_action"].item())
+        assert all(part.ndim == 0 and not part.requires_grad for part in info.values()) and info["loss"].isfinite()
+        pomdp.map_tensors(lambda part: part.requires_grad and pytest.fail("states carry gradients"), states)
+    assert losses[-1] < losses[0] - 0.2
+    actions, state = algorithm.model.eval().vec_act(observations(batches(0)))
+    again, _ = algorithm.model.vec_act(observations(batches(0), 1), state)
+    assert actions.shape == again.shape == (4,) and 0 <= min(actions) and max(actions) < pomdp.NUM_ACTIONS
+    if path in REFERENCES:  # greedy
+        assert (actions == algorithm.model.vec_act(observations(batches(0)))[0]).all()
+    if path in REFERENCES:  # the heads have the benchmark's sizes
+        backbone = torch.nn.Module()
+        backbone.rnn_hidden_dim, backbone.num_actions = 2048, 121
+        size = sum(weight.numel() for weight in type(algorithm.model)(backbone).parameters())
+        assert size == (254_318 if path.stem == "iql" else 247_929)
+    extra = {name for name, part in vars(algorithm).items() if isinstance(part, torch.nn.Module)} - {"model"}
+    assert extra == ({"target"} if path.stem in ("cql", "iql") else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_the_references_losses_are_those_of_the_papers(path, batches):
+    """Frame by frame, in plain loops. The target has other weights, a game ends, and a frame does not count."""
+    algorithm, batch = algorithm_of(pomdp.load_submission(str(path))), batches(0)
+    batch["mask"][2, 3], batch["dones"][1, 4], batch["rewards"] = False, True, torch.randn(4, 9)
+    batch["actions"].remainder_(5)
+    target = getattr(algorithm, "target", algorithm.model)
+    for name, weight in target.named_parameters():
+        if not name.startswith("backbone"):
+            weight += 0.1 * torch.randn_like(weight) * (target is not algorithm.model)
+    previous = torch.cat([batch["prev_actions"], batch["actions"][:, :-1]], dim=1)
+    frames = {**{name: batch[name] for name in pomdp.OBSERVATIONS}, "prev_actions": previous}
+    core = algorithm.model.backbone({name: value[:, :8] for name, value in frames.items()})[0]
+    after = algorithm.model.backbone({name: value[:, 1:] for name, value in frames.items()})[0]  # a stream of its own
+    losses = {name: [] for name in ("policy", "td", "value")}
+    for row, t in zip(*np.nonzero(batch["mask"][:, :8].numpy())):
+        a, r, goes_on = batch["actions"][row, t], batch["rewards"][row, t], 0.999 * (1 - batch["dones"][row, t].float())
+        if path.stem == "cql":
+            q = algorithm.model.q(core[row, t])
+            losses["policy"].append(-q.log_softmax(-1)[a])
+            losses["td"].append(2 * (q[a] - r - goes_on * target.q(after[row, t]).max()) ** 2)
+            continue
+        weight = 1.0
+        if path.stem == "iql":
+            chosen = torch.eye(pomdp.NUM_ACTIONS)[a]
+            pair = torch.cat([core[row, t], chosen])
+            q = [part.get_submodule(name)(pair) for part in (algorithm.model, target) for name in ("q1", "q2")]
+            u = min(q[2], q[3]) - algorithm.model.value(core[row, t])
+            weight, y = min(u.exp(), torch.tensor(100.0)), r + goes_on * algorithm.model.value(after[row, t])
+            losses["value"].append((0.8 if u > 0 else 0.2) * u**2)
+            losses["td"].append(((q[0] - y) ** 2 + (q[1] - y) ** 2) / 2)
+        losses["policy"].append(weight * -algorithm.model.policy(core[row, t]).log_softmax(-1)[a])
+    expected = sum(torch.stack([value.squeeze() for value in each]).mean() for each in losses.values() if each)
+    assert step(algorithm, batch)[0].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_average_is_what_is_scored_played_and_saved(batches):
+    algorithm, batch = algorithm_of(averaged_weights), batches(3)
+    expected = [weight.detach().clone() for weight in algorithm.parameters()]
     optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.5)
     for update in (1, 2, 3):
         optimizer.zero_grad()
@@ -48,24 +125,15 @@ def test_the_average_is_what_is_scored_played_and_saved(batch):
         algorithm.after_gradient_step()
         rate = (1 + update) / (10 + update)
         expected = [rate * old + (1 - rate) * new.detach() for old, new in zip(expected, algorithm.parameters())]
-    plain = algorithm_of(pomdp)
-    with torch.no_grad():
-        for parameter, average in zip(plain.parameters(), expected):
-            parameter.copy_(average)
-    latest = [parameter.detach().clone() for parameter in algorithm.parameters()]
+    latest = [weight.detach().clone() for weight in algorithm.parameters()]
     assert any(not torch.allclose(old, new) for old, new in zip(latest, expected))
-    with torch.no_grad():
-        scored, wanted = (step(one, batch)[2]["loss_per_action"] for one in (algorithm, plain))
-    assert scored == pytest.approx(wanted, rel=1e-5)
-    restored = algorithm_of(averaged_weights)  # weights are saved with the average, the count of updates beside them
+    restored = algorithm_of(averaged_weights)  # what a checkpoint holds is enough to play
     restored.model.load_state_dict(algorithm.model.state_dict())
-    restored.load_state_dict(algorithm.state_dict())
-    assert restored.updates == 3
-    obs = {name: batch[name][:, 0].numpy() for name in ("tty_chars", "tty_colors", "tty_cursor", "blstats")}
-    obs["prev_actions"] = np.full(4, pomdp.NO_ACTION)
-    states = [model.eval().vec_act(obs)[1] for model in (restored.model, plain.model)]
-    torch.testing.assert_close(states[0], states[1])
-    assert all(torch.equal(old, new) for old, new in zip(latest, algorithm.parameters()))  # swapped back
+    for each in (algorithm, restored):
+        each.model.eval().eval()
+        torch.testing.assert_close([weight.detach() for weight in each.parameters()], expected, rtol=1e-5, atol=1e-7)
+    algorithm.model.train()
+    assert all(torch.equal(old, new) for old, new in zip(latest, algorithm.parameters()))
 
 
 def test_bins_hold_a_gaussian_whose_mean_is_the_target():
@@ -73,50 +141,47 @@ def test_bins_hold_a_gaussian_whose_mean_is_the_target():
     bins = hl_gauss.target_bins(targets)
     centres = hl_gauss.LOW + (torch.arange(hl_gauss.BINS) + 0.5) * (hl_gauss.HIGH - hl_gauss.LOW) / hl_gauss.BINS
     torch.testing.assert_close(bins.sum(-1), torch.ones(len(targets)))
-    torch.testing.assert_close(bins @ centres, targets.clamp(hl_gauss.LOW, hl_gauss.HIGH), atol=0.25, rtol=0)  # cut at the range's ends
+    torch.testing.assert_close(bins @ centres, targets.clamp(-5, 10), atol=0.25, rtol=0)  # cut at the range's ends
     torch.testing.assert_close((bins @ centres)[2:5], targets[2:5], atol=1e-3, rtol=0)
 
 
-def test_classes_over_bins_learn_the_value(batch):
+def test_classes_over_bins_learn_the_value(batches):
     """The gradient of its value loss leads to the targets."""
-    algorithm = algorithm_of(hl_gauss)
-    algorithm.gamma = 0.0
-    batch["rewards"] = torch.full_like(batch["rewards"], 2.0)
+    algorithm, batch = algorithm_of(hl_gauss), batches(3)
+    algorithm.gamma, batch["rewards"] = 0.0, torch.full((4, 9), 2.0)
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-2)
     for _ in range(60):
-        optimizer.zero_grad()
         loss, _, info = step(algorithm, batch)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert info["value_mean"] == pytest.approx(2.0, abs=0.15)
+    assert info["value_mean"].item() == pytest.approx(2.0, abs=0.15)
 
 
-def test_outside_of_the_crop_all_is_blank(batch):
-    inputs = {name: batch[name] for name in ("tty_chars", "tty_colors", "tty_cursor")}
-    seen = crop_only.blank_outside(inputs)
-    changed = 0
-    for row, t in np.ndindex(4, 9):
+@torch.no_grad()
+def test_outside_of_the_crop_nothing_is_seen(batches):
+    batch = batches(3)
+    inputs = {name: batch[name] for name in pomdp.OBSERVATIONS}
+    (seen,), changed = crop_only.blank_outside(None, (inputs,)), 0
+    for row, t, i, j in np.ndindex(4, 9, 24, 80):
         y, x = batch["tty_cursor"][row, t].tolist()
-        for i, j in np.ndindex(24, 80):
-            inside = (abs(i - y) <= 7 and abs(j - x) <= 7) or i in (0, 22, 23)
-            char, color = int(batch["tty_chars"][row, t, i, j]), int(batch["tty_colors"][row, t, i, j])
-            expected = (char, color) if inside else (pomdp.SPACE, 0)
-            assert (int(seen["tty_chars"][row, t, i, j]), int(seen["tty_colors"][row, t, i, j])) == expected
-            changed += expected != (char, color)
+        inside = (abs(i - y) <= 7 and abs(j - x) <= 7) or i in (0, 22, 23)
+        cell = [int(inputs[name][row, t, i, j]) for name in ("tty_chars", "tty_colors")]
+        expected = cell if inside else [ord(" "), 0]
+        assert [int(seen[name][row, t, i, j]) for name in ("tty_chars", "tty_colors")] == expected
+        changed += expected != cell
     assert changed > 100
-    encoder = pomdp.ScreenEncoder().eval()  # the crop itself sees the same
-    for cells in ("tty_chars", "tty_colors"):
-        before, after = (encoder.crop_cells(part[cells].flatten(0, 1).int(), batch["tty_cursor"].flatten(0, 1)) for part in (inputs, seen))
-        inner = (before != 0) & (after != pomdp.SPACE)
-        assert torch.equal(before[inner], after[inner])
+    algorithm = algorithm_of(crop_only)  # and nothing else reaches its backbone
+    seen["prev_actions"] = inputs["prev_actions"] = batch["actions"]
+    outputs = [algorithm.model.backbone(part)[0] for part in (inputs, seen)]
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], algorithm_of(pomdp).model.backbone(inputs)[0])
 
 
+@torch.no_grad()
 def test_the_plain_head_sees_the_output_as_it_comes():
-    torch.manual_seed(1)
-    ours, plain = (module.Model(pomdp.ModelBackbone(pomdp.NUM_ACTIONS, 16, 2), head_dim=24) for module in (pomdp, plain_head))
-    plain.load_state_dict(ours.state_dict())
+    ours, plain = algorithm_of(pomdp).model, algorithm_of(plain_head).model
     output = torch.randn(2, 3, 16)
-    normal = (output - output.mean(-1, keepdim=True)) / output.var(-1, unbiased=False, keepdim=True).add(1e-5).sqrt()
-    for found, expected in zip(plain.head(normal), ours.head(output)):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    deviation = output.var(-1, unbiased=False, keepdim=True).add(1e-5).sqrt()
+    normal = (output - output.mean(-1, keepdim=True)) / deviation
+    torch.testing.assert_close(plain.head(normal), ours.head(output), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain.head(output)[0], ours.head(output)[0])

@@ -1,24 +1,17 @@
-"""Ours without the normalisation of the LSTM's output before the head."""
+"""Ours without the normalisation of the LSTM's output before the head, which is tiny at first."""
 
-from typing import Any, Tuple
+from typing import Tuple
 
-import torch
-import torch.nn as nn
+from torch import Tensor
 
 import custom_nethack_pomdp as ours
 
 
 class Model(ours.Model):
-    """The head sees the LSTM's output as it comes, which is tiny at first."""
-
-    def head(self, core_output: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def head(self, core_output: Tensor) -> Tuple[Tensor, Tensor]:
         shared = self.shared(core_output)
         return self.policy(shared).float(), self.value(shared).float().squeeze(-1)
 
 
 class OfflineAlgorithm(ours.OfflineAlgorithm):
-    """The same algorithm on that head."""
-
-    def __init__(self, backbone: nn.Module, config: Any, device: str) -> None:
-        super().__init__(backbone, config, device)
-        self.model = Model(backbone, self.hyper.head_dim, self.hyper.temperature).to(device)
+    model_class = Model
