@@ -128,9 +128,9 @@ def read_nle(options: argparse.Namespace, folder: str, rows: int, steps: int) ->
     database = os.path.join(folder, "ttyrecs.db")
     if not os.path.exists(database):
         nld.db.create(database)
+        xlogfile = next(Path(options.data_path).resolve().rglob("*.xlogfile"))
         with contextlib.redirect_stdout(sys.stderr):
-            xlogfile = next(Path(options.data_path).resolve().rglob("*.xlogfile"))
-        nld.populate_db.add_nledata_directory(str(xlogfile.parent.parent), "games", database)
+            nld.populate_db.add_nledata_directory(str(xlogfile.parent.parent), "games", database)
     settings: Dict[str, Any] = dict(dbfilename=database, shuffle=False, loop_forever=True, seq_length=steps)
     settings["subselect_sql"] = "SELECT gameid FROM games WHERE lower(role || '-' || race || '-' || align0) = ?"
     settings["subselect_sql_args"] = (options.character,)
