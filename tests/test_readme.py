@@ -38,20 +38,9 @@ def report_lines(*names):
     return report.make_table(report.collect(report.read_all([RESULTS / name for name in names]))).splitlines()
 
 
-def benchmark_lines(rows):
-    if isinstance(rows, dict):
-        command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--table", str(RESULTS / "benchmark.json")]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
-    lines, grown = [], {}
-    for row in rows:
-        if row["row"] != "grow":
-            cells = f"{row['row']} | {row['what']} | {row['ours']:,.0f} | {row['theirs']:,.0f} | {row['unit']}"
-            lines.append(f"| {cells} | {row['spread']:.0%} | {row['ratio']:.1f} x |")
-        else:
-            times, games, cores = re.search(r"(\d+) x the games \(([\d,]+)\), (\d) core", row["what"]).groups()
-            part = f"{row['ours']:,.0f} | {row['peak_memory_mb']:,} MB |"
-            grown.setdefault(f"| {games} ({times} x) | {cores} |", []).append(part)
-    return lines + [" ".join([begin, *parts]) for begin, parts in grown.items()]
+def benchmark_lines():
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--table", str(RESULTS / "benchmark.json")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
 
 
 def standin_lines():
@@ -217,7 +206,12 @@ def phrases_of_results():
         *geometric_means(),
         ": 1 stays",
         *phrases_of_gpu(),
-        *phrases_of_speed(BENCHMARK),
+        *("On 58 Monk games.", "reading at 64 x 32, acting in fp32 at 8 games", "training in fp32."),
+        *(
+            "reading at 64 x 16, building, acting in bf16 at 8 games",
+            "training in bf16.",
+            "each side in turn, fp32 and bf16",
+        ),
     ]
 
 
@@ -235,34 +229,6 @@ def phrases_of_gpu():
     ]
 
 
-def phrases_of_speed(rows):
-    """Of the older form of benchmark.json."""
-    if isinstance(rows, dict):
-        return []
-    find = {(row["row"], row["what"]): row for row in rows}
-    read = find["read", "chunk store against TtyrecDataset, one core, 64 x 16"]
-    update = find["train", "update at 64 x 16 on cpu against Katakomba's IQL at 64 x 16"]
-    same = [find["act", f"packed step in {kind} against nn.LSTM, 8 games"] for kind in ("fp32", "bf16")]
-    memmap = find["read", "chunk store against Katakomba's memmap reader, one core, 64 x 16"]
-    build, slow = find["build", "making the store against decoding alone, one core"]["ours"], rows[-1]["ours"]
-    frames, size = 3_481_605_009, read["bytes_a_frame"]  # of NLD-AA, arXiv 2211.00539, table 1
-    return [
-        f"{read['machine']}, on 58 Monk games",
-        f"The store takes {size} bytes a frame (raw: 3,840) and a reader {read['peak_memory_mb']} MB in all",
-        "in {:.1%} (float32) and {:.1%} (bfloat16) of frames".format(*(row["equal_greedy_actions"] for row in same)),
-        "average 230 MB of gradients on top",
-        f"waits for data {update['waiting_for_data']:.2%} of its time",
-        f"matrix products run at {update['share_of_matrix_peak']:.0%} of what",
-        f"at {memmap['katakomba_bytes_a_frame'] / size:.0f} times the disk",
-        f"(109,545 games, {frames:,} transitions)",
-        f"disk {size} x 3.48e9 = {size * frames / 1e9:.0f} GB",
-        "an index of 0.8 GB",
-        f"building 3.48e9 / {build:,.0f} frames/s = {frames / build / 3600:.0f} core hours",
-        f"3.48e9 / {slow:.0f} = {frames / slow / 3600:,.0f} hours",
-        f"(at 300,000 transitions/s it would be {frames / 300_000 / 3600:.1f} hours",
-    ]
-
-
 def cells_of(lines):
     """{(character, arm): {column: cell}} of a report's table; columns without their "[95 %]"."""
     header, _, *cells = ([cell.strip(" *") for cell in line.strip("|").split(" | ")] for line in lines)
@@ -274,11 +240,10 @@ ROWS = rows_of("cpu_small.jsonl")
 HELDOUT = [game for row in ROWS for games in row["heldout_games"].values() for game in games.values()]
 VALKYRIE = next(row for row in ROWS if row["characters"] == ["val-hum-neu"])
 MONK, BUDGET = pomdp.AUTOASCEND_MEAN_SCORE["mon-hum-neu"], CONFIG.update_steps * CONFIG.batch_size * CONFIG.seq_len
-BENCHMARK = json.loads((RESULTS / "benchmark.json").read_text(encoding="utf-8"))
 AGENTS = ("small_512", "small_512_t0.8", "small_512_t0.6")
 REPORTS = [report_lines(*names) for names in (["cpu_small.jsonl"], ["cpu_untouched.jsonl"], AGENTS[:1], AGENTS)]
 SMALL = cells_of(REPORTS[0])
-LINES = {*(line for lines in REPORTS for line in lines), *benchmark_lines(BENCHMARK), *standin_lines(), *gpu_lines()}
+LINES = {*(line for lines in REPORTS for line in lines), *benchmark_lines(), *standin_lines(), *gpu_lines()}
 PHRASES = dict(zip(NAMES, (phrases_of_readme(), phrases_of_results(), phrases_of_agent())))
 
 
