@@ -200,12 +200,16 @@ CHOICES = {"data_mode": "compressed|memmap|in_memory", "lr_schedule": "constant|
 CHOICES.update({"precision": "auto|fp32|bf16|fp16", "device": r"auto|cpu|cuda(:\d+)?"})
 
 
+def check_character(character: str) -> None:
+    if character not in AUTOASCEND_MEAN_SCORE:
+        close = difflib.get_close_matches(character, AUTOASCEND_MEAN_SCORE, n=3)
+        raise UserError(f"unknown character {character!r}; did you mean {', '.join(close) or 'mon-hum-neu'}?")
+
+
 def validate_config(config: TrainConfig) -> None:
     """Raises UserError with one line that says what to change."""
     for character in config.characters or ["(none)"]:
-        if character not in AUTOASCEND_MEAN_SCORE:
-            close = difflib.get_close_matches(character, AUTOASCEND_MEAN_SCORE, n=3)
-            raise UserError(f"unknown character {character!r}; did you mean {', '.join(close) or 'mon-hum-neu'}?")
+        check_character(character)
     if len(set(config.characters)) != len(config.characters):
         raise UserError(f"character names one twice: {config.character}")
     for name, value in asdict(config).items():
@@ -258,7 +262,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
         of_file = pyrallis.parse(TrainConfig, config_path=path, args=[]).algorithm if path else {}
         config.algorithm = {**of_file, **config.algorithm}
         return config
-    except Exception as error:  # pyrallis raises many types, for an unknown key a bare Exception
+    except Exception as error:  # pyrallis raises many types
         text = re.sub(r"(?s).*field \".*\.(\w+)\" of type.*error is \"\w+: (.*)\"", r"\1: \2", str(error))
         words = re.findall(r"(?:--|'fields \{')(\w+)", text.replace("fields {'", "--"))
         close = [name for word in words for name in difflib.get_close_matches(word, vars(TrainConfig()), n=1)]
@@ -281,11 +285,11 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau source, for every parameter (Polyak averaging)."""
-    with torch.no_grad():
-        for target_param, source_param in zip(target.parameters(), source.parameters()):
-            target_param.lerp_(source_param, tau)
+    for target_param, source_param in zip(target.parameters(), source.parameters()):
+        target_param.lerp_(source_param, tau)
 
 
 def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
@@ -363,7 +367,7 @@ class RunLogger:
         if RANK == 0 and mode != "disabled":
             import wandb
 
-            os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds; nobody waits longer for a training to begin
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
             names: Dict[str, Any] = dict(project=config.project, group=folder.parent.name, name=folder.name)
             names.update(dir=folder, config=asdict(config), id=wandb_id, resume="allow")
             try:
@@ -1360,6 +1364,7 @@ OBSERVATIONS = tuple(OBSERVATION_SHAPES)
 # player typed such a byte himself; with this table live screens equal recorded ones there too.
 _PLAIN = bytes.maketrans(bytes.fromhex("b0b1f0f1 b3b4c3fe bfc0c1c2c4c5d9da f4 f7 fa"), b"####||||--------{}.")
 PLAIN_CHARS = np.frombuffer(_PLAIN, dtype=np.uint8)
+ENDS = ("died", "no progress", "step limit")  # of a game; "died" also if it was quit or won
 NO_PROGRESS_STEPS = 1000  # the benchmark's: a game is ended when its turn counter stands still for so long
 
 
@@ -1420,7 +1425,7 @@ class GameResult(NamedTuple):
     depth: int
     turns: int
     length: int  # actions
-    end: str  # died (or quit, or won), no progress or step limit
+    end: str  # one of ENDS
 
 
 def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
@@ -1496,8 +1501,9 @@ class GamePool:
         """All workers begin so many games of a character, or else take a step -> games that ended by it."""
         ended = None
         with contextlib.suppress(EOFError, OSError):
+            told = json.dumps(message).encode()
             for pipe in self.pipes:
-                pipe.send_bytes(json.dumps(message).encode())
+                pipe.send_bytes(told)
             answers = [json.loads(pipe.recv_bytes()) for pipe in self.pipes]
             ended = [GameResult(*result) for answer in answers for result in answer]
         stop_if_asked()  # before the next line, since a signal may have been for the workers too
@@ -1553,7 +1559,7 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Dict[str, 
     for statistic in ("median", "mean", "std", "min", "max"):
         summary[f"reward_{statistic}"] = getattr(np, statistic)(scores)
         summary[f"depth_{statistic}"] = getattr(np, statistic)(depths)
-    for end in ("died", "no progress", "step limit"):
+    for end in ENDS:
         summary["end_" + end.replace(" ", "_")] = np.mean([result.end == end for result in results])
     return {name: float(value) for name, value in summary.items()}
 
@@ -1615,8 +1621,9 @@ def evaluate_heldout(
         prev_actions, mask = batch.pop("prev_actions"), batch["mask"][:, :-1]
         with torch.autocast(device.type, precision, enabled=precision is not None):
             _, states, info = algorithm.train_step(batch, prev_actions, states)
+        count = float(mask.sum())
         for name, value in {**info, "frames": 1.0}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * float(mask.sum())
+            sums[name] = sums.get(name, 0.0) + float(value) * count
         if getattr(algorithm, "values", None) is not None:
             pairs.append(torch.stack([batch["returns"][:, :-1][mask], algorithm.values[mask]]).cpu())
     algorithm.model.train()

@@ -74,9 +74,8 @@ def table(told: Dict[str, Any]) -> str:
         values = np.array([game[name] for game in told["of_each_game"]])
         numbers = (values.min(), np.median(values), values.mean(), values.max())
         lines.append(f"  {name:8s}" + "".join(f"{number:12,.1f}" for number in numbers))
-    lines += (
-        [f"  {told['unknown_keys']:,} keys are no action: their frames carry no loss"] if told["unknown_keys"] else []
-    )
+    if told["unknown_keys"]:
+        lines.append(f"  {told['unknown_keys']:,} keys are no action: their frames carry no loss")
     return "\n".join(lines + [f"  left out: {reason}" for reason in told["skipped"]])
 
 

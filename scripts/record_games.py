@@ -17,7 +17,6 @@ returns has `act(obs) -> int`, an index into nle.nethack.ACTIONS; obs holds fres
 """
 
 import argparse
-import difflib
 import importlib
 import multiprocessing
 import shutil
@@ -144,9 +143,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for name, least in (("games", 1), ("workers", 1), ("max_steps", 1), ("seed", 0), ("first", 0)):
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-        if args.character not in pomdp.AUTOASCEND_MEAN_SCORE:
-            close = difflib.get_close_matches(args.character, pomdp.AUTOASCEND_MEAN_SCORE, n=3)
-            raise UserError(f"unknown character {args.character!r}; did you mean {', '.join(close) or 'mon-hum-neu'}?")
+        pomdp.check_character(args.character)
         load_player(args.player)
         numbers = range(args.first, args.first + args.games)
         there = [k for k in numbers if (Path(args.out) / f"{args.character}-{args.seed}-{k}").exists()]

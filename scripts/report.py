@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, UserError
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, UserError
 
 Row = Dict[str, Any]
 DEFAULT_VARIANT = "default"
-ENDS = ("died", "no progress", "step limit")
 NEEDED = {"study", "algorithm", "variant", "seed", "characters", "settings", "scores", "curve"}
 # Settings that make no other arm of a run: they are told apart anyway, or shape neither weights nor games.
 NOT_SETTINGS = "character train_seed data_path data_mode store_path checkpoints_path version resume keep_checkpoints"

@@ -50,7 +50,7 @@ import torch
 import yaml
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import TrainConfig, UserError
+from custom_nethack_pomdp import ENDS, TrainConfig, UserError
 
 Row = Dict[str, Any]
 OPTIONAL = {"base": {}, "evaluations": {}, "phases": [1_000, 5_000, 10_000]}
@@ -64,7 +64,6 @@ ACTING = ("eval_processes", "eval_max_steps", "eval_precision", "eval_seed")  # 
 DEFAULT_VARIANT = "default"
 NAMES = ("study", "algorithm", "variant", "seed", "characters")  # of a row
 CHUNK = 100  # frames of a held-out game that are scored at once
-ENDS = ("died", "no progress", "step limit")
 
 
 class Run(NamedTuple):
