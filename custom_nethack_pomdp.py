@@ -54,6 +54,7 @@ import threading
 import time
 import types
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -185,13 +186,12 @@ class TrainConfig:
         return [name.strip() for name in self.character.split(",") if name.strip()]
 
 
-TINY = 1e-12  # stands for "above 0"
 LIMITS: Dict[str, Tuple[float, float]] = {  # smallest and largest value
     **dict.fromkeys("log_every update_steps batch_size seq_len checkpoint_every eval_every".split(), (1, math.inf)),
     **dict.fromkeys("eval_processes eval_max_steps render_processes".split(), (1, math.inf)),
     **dict.fromkeys("version warmup_transitions weight_decay game_frames eval_workers".split(), (0, math.inf)),
     **dict.fromkeys("eval_episodes eval_heldout_frames".split(), (0, math.inf)),
-    **dict.fromkeys("learning_rate clip_range clip_grad_norm".split(), (TINY, math.inf)),
+    **dict.fromkeys("learning_rate clip_range clip_grad_norm".split(), (1e-12, math.inf)),
     **dict.fromkeys("gamma tau rnn_dropout".split(), (0, 1)),
     **dict.fromkeys("train_seed eval_seed".split(), (0, 2**63 - 1)),
     "heldout_share": (0, 0.9),
@@ -218,8 +218,6 @@ def validate_config(config: TrainConfig) -> None:
             raise UserError(f"{name} must be at least {low:g} and at most {high:g}, not {value}")
         if name in CHOICES and not re.fullmatch(CHOICES[name], value):
             raise UserError(f"{name} must be one of {CHOICES[name].replace('|', ', ')}, not {value!r}")
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"{name} holds a NUL character")
 
 
 def strict(kind: Any, value: Any) -> Any:
@@ -239,7 +237,7 @@ for _kind in (bool, str, int, float):
     pyrallis.decode.register(_kind, partial(strict, _kind))
 
 
-# For every setting's help pyrallis asks for the source of TrainConfig, and Python parses this whole file: 3 seconds.
+# For each setting's help pyrallis asks for TrainConfig's source, and Python parses this whole file: 3 seconds.
 inspect.getsource = lru_cache(maxsize=None)(inspect.getsource)  # type: ignore[assignment]
 
 
@@ -425,7 +423,7 @@ STATUS_WORDS = {  # word -> (place, value)
     for index, spellings in enumerate(names.split())
     for word in spellings.split("|")
 }
-INT32 = np.iinfo(np.int32)
+LOWEST, HIGHEST = -(2**31), 2**31 - 1  # int32
 
 
 @lru_cache(maxsize=16_384)  # rows repeat from frame to frame
@@ -437,7 +435,7 @@ def parse_upper_status(row: bytes) -> np.ndarray:
         # 18/xx counts on from 18, 18/** is 118, and 19 to 25 lie at 119 to 125 (NetHack's STR18 and STR19)
         strength = int(base) + (100 if extra == b"**" else int(extra)) + (100 if int(base) > 18 else 0)
         compact = strength if strength <= 18 else 19 + strength // 50 if strength <= 121 else min(strength, 125) - 100
-        stats[2:9] = np.clip([compact, strength, *map(int, others)], INT32.min, INT32.max)
+        stats[2:9] = np.clip([compact, strength, *map(int, others)], LOWEST, HIGHEST)
         stats[26] = {b"Lawful": 1, b"Chaotic": -1}.get(alignment, 0)
     return stats
 
@@ -448,7 +446,7 @@ def parse_lower_status(row: bytes) -> np.ndarray:
     stats, found = np.zeros(NUM_BLSTATS, dtype=np.int32), VITALS.match(row)
     if found:
         depth, home, plane, *numbers, words = found.groups(b"0")
-        stats[PLACES] = [min(max(int(number), INT32.min), INT32.max) for number in (depth, home, *numbers)]
+        stats[PLACES] = [min(max(int(number), LOWEST), HIGHEST) for number in (depth, home, *numbers)]
         stats[12], stats[21] = PLANES.get(plane, stats[12]), 1  # not hungry unless a word says so
         for place, value in (STATUS_WORDS[word] for word in words.split() if word in STATUS_WORDS):
             stats[place] = stats[place] | value if place == 25 else value
@@ -561,7 +559,7 @@ def find_end_of_play(frames: Frames) -> int:
 
 
 # --- the chunk store of a character's games: index.npz and frames.bin in one folder
-STORE_FORMAT = 3
+STORE_FORMAT = 4
 BLOCK = 64  # frames compressed together: more make the store smaller, but a row decodes a block to read a chunk
 ZSTD_LEVEL = 3  # on AutoAscend's games smaller than level 1 and as fast to write; level 6 takes three times as long
 
@@ -577,7 +575,7 @@ def encode_game(source: GameSource) -> Any:
     """-> compressed blocks and the game's part of the index, or the reason (str) why the game cannot be read."""
     import zstandard
 
-    compress = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress
+    compress = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress
     try:
         frames = read_hdf5(source.path, source.key) if source.key else read_ttyrec(source.path)
         first, end = find_first_frame(frames), find_end_of_play(frames)
@@ -596,6 +594,7 @@ def encode_game(source: GameSource) -> Any:
     rewards = np.append(np.diff(scores), 0)  # NLE pays nothing for the step that ends a game
     paid = np.flatnonzero(rewards)
     part: Dict[str, Any] = {"names": source.name, "frames": len(chars), "block_sizes": [len(block) for block in blocks]}
+    part["block_checksums"] = [zlib.crc32(block) for block in blocks]  # quicker than zstandard's own
     part.update(reward_counts=len(paid), reward_frames=paid, reward_values=rewards[paid])
     part.update(max_depths=blstats[:, 12].max(), turns=blstats[:, 20].max())
     return blocks, {**part, "unknown_keys": np.count_nonzero(actions == UNKNOWN_KEY)}
@@ -717,7 +716,7 @@ class ChunkStore:
             self.first_blocks, self.block_offsets, self.first_rewards = (np.cumsum(np.append(0, n)) for n in counts)
             self.file = open(self.folder / "frames.bin", "rb")
             size = os.fstat(self.file.fileno()).st_size
-            if (self.first_blocks[-1], self.block_offsets[-1]) != (len(index["block_sizes"]), size):
+            if (self.first_blocks[-1], self.block_offsets[-1]) != (len(index["block_checksums"]), size):
                 raise ValueError("index.npz and frames.bin do not belong together")
             if str(index["character"]) != character:
                 raise ValueError(f"its games are of {index['character']}, not of {character}")
@@ -748,9 +747,11 @@ class ChunkStore:
         place = int(self.first_blocks[game]) + number
         begin, end = self.block_offsets[place : place + 2].tolist()
         frames = block_dtype(min(BLOCK, int(self.frames[game]) - BLOCK * number))
-        try:  # zstandard compares its own checksum
-            raw = self.local.decompressor.decompress(os.pread(self.file.fileno(), end - begin, begin))
-            return np.frombuffer(raw, frames).reshape(())[()]
+        try:
+            stored = os.pread(self.file.fileno(), end - begin, begin)
+            if zlib.crc32(stored) != self.index["block_checksums"][place]:
+                raise ValueError("its checksum is wrong")
+            return np.frombuffer(self.local.decompressor.decompress(stored), frames).reshape(())[()]
         except (zstandard.ZstdError, ValueError, MemoryError, OSError) as error:
             raise self._unusable(f"block {place} is damaged ({error})") from None
 
@@ -1744,12 +1745,12 @@ stop_signal = 0  # number of the last SIGTERM or Ctrl-C
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C arrived; raised with its number at the next point where the run can be left and resumed."""
+    """SIGTERM or Ctrl-C arrived; raised with its number at the next point where the run can be left."""
 
 
 @contextlib.contextmanager
 def noting_signals() -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C are noted and nothing else; afterwards they do again what they did before."""
+    """Inside, SIGTERM and Ctrl-C are noted and nothing else; afterwards they act as before."""
 
     def note(number: int, _frame: Any) -> None:
         global stop_signal

@@ -173,7 +173,6 @@ MISTAKES_IN_A_FILE = {
     "name: no": "name",  # YAML reads it as false, and the run would be called False
     "algorithm: [burn_in]": "algorithm",
     "character: ''": "character",
-    'data_path: "a\\0b"': "data_path.*NUL",
     "name: !!python/object/apply:os.system [true]": "python/object",
     # No settings at all: what is wrong is the file, so the line names it.
     "batch_size: [1": r"a\.yaml",
