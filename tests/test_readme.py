@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import custom_nethack_pomdp as pomdp
 
@@ -132,7 +133,14 @@ def phrases_of_results():
     def more(arm, digits=3, character="mon-hum-neu"):
         return f"{abs(float(cell('loss more than ours', arm, character).split()[0])):.{digits}f}"
 
-    config = ROWS[0]["config"]
+    def played(arm, variant="default", rows=ROWS):
+        same = [row for row in rows if (row["algorithm"], row["variant"]) == (arm, variant)]
+        (number,) = {row["evaluation"]["games"] for row in same}
+        return number
+
+    untouched, config = rows_of("cpu_untouched.jsonl"), ROWS[0]["config"]
+    names = ("cpu_small", "cpu_untouched")
+    studies = [yaml.safe_load((ROOT / "scripts" / "studies" / f"{name}.yaml").read_text()) for name in names]
     few = next(row for row in ROWS if row["algorithm"] == "few_games")
     points, bc_losses = (
         "points more than ours",
@@ -145,7 +153,7 @@ def phrases_of_results():
     loss = {arm: cell("held-out loss, nats", arm).split()[0] for arm in ("plain_head",)}
     games = [row["data"][row["characters"][0]]["heldout"]["games"] for row in (ROWS[0], VALKYRIE)]
     samurai = "sam-hum-law"
-    recorded = next(row["data"][samurai] for row in rows_of("cpu_untouched.jsonl") if samurai in row["data"])
+    recorded = next(row["data"][samurai] for row in untouched if samurai in row["data"])
     weights, autoascend = pomdp.AWRConfig(), float(cell("points", "AutoAscend, in as many actions").split()[0])
     lam = [part.strip("[],") for part in cell(points, "lam_0").replace("-", "").split()]
     return [
@@ -155,9 +163,13 @@ def phrases_of_results():
         f"own first {config['eval_max_steps']:,} actions AutoAscend itself has {autoascend:.0f} points",
         f"({config['batch_size']} rows of {config['seq_len']} steps, the same",
         f"({games[0]} of Monk, {games[1]} of Valkyrie)",
-        f"have three seeds and {cell('games', 'ours')} games a character",
+        f"have three seeds and {cell('games', 'ours')} games a character ({played('ours')} a seed)",
+        f"the others one seed and {played('iql')} games, another way to act {played('ours', 'argmax')} games",
+        f"an arm of {played('iql')} with the first {played('iql')} of the same seed",
+        f"play {studies[0]['games']} games for each row (``: {studies[1]['arms']['bc']['games']} for the first three",
+        f"IQL and CQL played {played('cql', rows=untouched)} games",
         f"on {cell('games', 'AutoAscend, in as many actions')} games of Monk",
-        f"and {cell('games', 'AutoAscend, in as many actions', 'val-hum-neu')} of Valkyrie.",
+        f"and {cell('games', 'AutoAscend, in as many actions', 'val-hum-neu')} of Valkyrie;",
         f"up to 8 stretches of {int(max(row['frames'] for row in HELDOUT)) // 8} frames",
         "leaves out 0.",
         f"{more('plain_head', 1)} nats more; after {config['update_steps']} updates",
