@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import custom_nethack_pomdp as pomdp
@@ -272,6 +273,24 @@ def test_a_false_number_is_noticed(name):
     for place in digits[:: len(digits) // 10]:
         false = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
         assert unexplained(false, PHRASES[name]), text[place - 30 : place + 30]
+
+
+def test_the_quickstart_s_output_follows_from_its_settings_and_games(stores):
+    """Losses do not, they take a run to see. Parameters are counted without being made."""
+    block = re.search(r"```text\n(.*?)```", TEXTS["README.md"], re.DOTALL)[1]
+    config = pomdp.parse_config(["--config", str(ROOT / CONFIGS[0])])
+    with torch.device("meta"):
+        backbone = pomdp.ModelBackbone(pomdp.NUM_ACTIONS, config.rnn_hidden_dim, config.rnn_layers)
+        parameters = sum(parameter.numel() for parameter in pomdp.Model(backbone).parameters())
+    assert block.startswith(f"{stores['mon-hum-neu']}\n") and f" {parameters:,} parameters on" in block
+    for step in (config.log_every, config.update_steps):
+        assert f" step={step} transitions={step * config.batch_size * config.seq_len} " in block
+    assert f"HELDOUT_METRICS step={config.update_steps} frames={config.eval_heldout_frames} " in block
+    assert f"-seed{config.train_seed} at step 0" in block and "+".join(config.characters) in block
+    points = round(float(re.search(r"reward_mean=(\S+)", block)[1]) * config.eval_episodes)
+    score = points / config.eval_episodes / pomdp.AUTOASCEND_MEAN_SCORE["ran-hum-neu"]
+    assert block.count(f"normalized_score={score:.6g} ") == 1 and f"D4RL score: {score:.6f}\n" in block
+    assert f"normalized_score_ran_hum_neu={score:.6g}\n" in block
 
 
 # ----------------------------------------------------------------------------------------------------------------------
