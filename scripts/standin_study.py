@@ -1,10 +1,10 @@
 """Ours, BC and IQL as the benchmark runs them: in check_submission.py's stand-in, on recorded games drawn as pictures.
 
-    python scripts/standin_study.py --data_path DATA_DIR --rnn_hidden_dim 512 --out scripts/results/standin.jsonl
+    python scripts/standin_study.py --data_path DATA_DIR --rnn_hidden_dim 512 --out rows.jsonl
 
 Each block is trained from the same seed on the same batches with the benchmark's settings (learning rate 3e-4,
 constant, the last weights), for a million transitions if nothing else is said, and plays 50 games in 14 slots whose
-states and previous actions are never cleared. Float32, on a GPU if there is one; a JSON row for each block.
+states and previous actions are never cleared. Float32, on a GPU if there is one; a JSON row for each, and a table.
 """
 
 import argparse
@@ -20,7 +20,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import check_submission as check
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import custom_nethack_pomdp as pomdp
 
@@ -29,6 +28,8 @@ SCREEN = ("tty_chars", "tty_colors", "tty_cursor")
 
 def draw_glyphs() -> np.ndarray:
     """Each character in each colour, [256 * 32, 3, 6, 6] uint8; colours 16 to 31 are 0 to 15 in inverse video."""
+    from PIL import Image, ImageDraw, ImageFont  # here, since a table can be made without it
+
     shades, font = np.zeros((256, 6, 6)), ImageFont.load_default_imagefont()
     for code in [*range(33, 127), *range(161, 256)]:
         image = Image.new("L", (6, 11))
@@ -134,6 +135,19 @@ def measure(path: str, options: argparse.Namespace, games: pomdp.Games, table: n
     return {**row, **{name: described[name] for name in ("commit", "versions", "hardware")}}
 
 
+def make_table(rows: List[Dict[str, Any]]) -> str:
+    """Rows -> Markdown. The loss is the mean over the last tenth of the updates."""
+    lines = [f"| block | transitions | training loss, nats | games | points [95 %] | {' / '.join(pomdp.ENDS)} |"]
+    lines.append("| :--- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        scores, ends = np.array(row["played"]["scores"]), row["played"]["ends"]
+        low, high = pomdp.bootstrap_interval(scores)
+        line = f"| {row['algorithm']} | {row['transitions']:,} | {row['train_loss']:.2f} | {len(scores)} "
+        counts = " / ".join(str(ends.count(end)) for end in pomdp.ENDS)
+        lines.append(f"{line}| {scores.mean():.1f} [{low:.1f}, {high:.1f}] | {counts} |")
+    return "\n".join(lines)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="folder with recorded games")
@@ -149,13 +163,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         store = pomdp.open_or_build_store(options.data_path, options.store_path, options.character)
         if store.index["unknown_keys"].any():
             raise ValueError(f"{store}: the benchmark's batches cannot say so, take other games")
-        games, table = pomdp.Games([store]), draw_glyphs()
+        games, table, rows = pomdp.Games([store]), draw_glyphs(), []
         with open(options.out, "a", encoding="utf-8") as file:
             for path in options.submissions.split(","):
-                row = measure(path, options, games, table)
-                print(json.dumps(row), file=file, flush=True)
-                score = np.mean(row["played"]["scores"])
-                print(f"{path}: {row['train_loss']:.3f} nats, mean score {score:.1f}", flush=True)
+                rows.append(measure(path, options, games, table))
+                print(json.dumps(rows[-1]), file=file, flush=True)
+        print(make_table(rows))
     except (pomdp.UserError, ValueError, OSError) as error:
         print(f"standin_study.py: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ import custom_nethack_pomdp as pomdp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import report
+import standin_study
 
 RESULTS = ROOT / "scripts" / "results"
 NAMES = ("README.md", "scripts/results/README.md", "scripts/agents/README.md")
@@ -142,6 +143,8 @@ def phrases_of_results():
     untouched, config = rows_of("cpu_untouched.jsonl"), ROWS[0]["config"]
     names = ("cpu_small", "cpu_untouched")
     studies = [yaml.safe_load((ROOT / "scripts" / "studies" / f"{name}.yaml").read_text()) for name in names]
+    stand = STANDIN[0]
+    width = stand["transitions"] // stand["steps"] // stand["batch_size"]
     few = next(row for row in ROWS if row["algorithm"] == "few_games")
     points, bc_losses = (
         "points more than ours",
@@ -195,6 +198,12 @@ def phrases_of_results():
         f"training loss of {few['train_loss']:.2f}.",
         f"The other arms have {ROWS[0]['data']['mon-hum-neu']['training']['games']} to learn from",
         f"(Samurai has {recorded['training']['games'] + recorded['heldout']['games']} in all)",
+        "an 18 x 18 crop drawn as a picture, and 14 game slots",
+        f"Monk, LSTM of {stand['rnn_hidden_dim']}, batches of {stand['batch_size']} x {width}, the benchmark's",
+        f"float32, games cut at {stand['played']['eval_max_steps']:,} actions. The loss",
+        f"the last {stand['steps'] // 10} updates",
+        f"sees its first {stand['steps'] * width:,} steps once",
+        *("below 2.7 nats", f"after {CONFIG.update_steps:,} updates so short a run"),
         f"whole budget of {BUDGET / 1e6} million transitions",
         f"a line through {config['update_steps']} updates says nothing about {CONFIG.update_steps:,}",
         "about 800 points at 0.45 nats an action, 2,270 at 0.22 and 4,000 to 5,500 at 0.15",
@@ -234,7 +243,7 @@ def cells_of(lines):
     return {(line[0], line[1]): dict(zip(names, line)) for line in cells}
 
 
-ROWS = rows_of("cpu_small.jsonl")
+ROWS, STANDIN = rows_of("cpu_small.jsonl"), rows_of("standin.jsonl")
 HELDOUT = [game for row in ROWS for games in row["heldout_games"].values() for game in games.values()]
 VALKYRIE = next(row for row in ROWS if row["characters"] == ["val-hum-neu"])
 MONK, BUDGET = pomdp.AUTOASCEND_MEAN_SCORE["mon-hum-neu"], CONFIG.update_steps * CONFIG.batch_size * CONFIG.seq_len
@@ -242,6 +251,7 @@ AGENTS = ("small_512", "small_512_t0.8", "small_512_t0.6")
 REPORTS = [report_lines(*names) for names in (["cpu_small.jsonl"], ["cpu_untouched.jsonl"], AGENTS[:1], AGENTS)]
 SMALL = cells_of(REPORTS[0])
 LINES = {*(line for lines in REPORTS for line in lines), *benchmark_lines(), *gpu_lines()}
+LINES |= {*standin_study.make_table(STANDIN).splitlines()}
 PHRASES = dict(zip(NAMES, (phrases_of_readme(), phrases_of_results(), phrases_of_agent())))
 
 
@@ -273,6 +283,18 @@ def test_a_false_number_is_noticed(name):
     for place in digits[:: len(digits) // 10]:
         false = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
         assert unexplained(false, PHRASES[name]), text[place - 30 : place + 30]
+
+
+def test_what_is_said_in_words_of_the_stand_in_is_in_its_rows():
+    command = re.search(r"standin_study.py (.*--steps.*)\\\n", TEXTS["scripts/results/README.md"])[1].split()
+    options = {name[2:]: value for name, value in zip(command[::2], command[1::2]) if name != "--data_path"}
+    for row, first in zip(STANDIN, (2, 7, 7)):  # of ten tenths
+        made = {**row, **row["played"], "games": len(row["played"]["scores"])}
+        assert {name: str(made[name]) for name in options} == options
+        assert [loss < 2.7 for loss in row["curve"]] == [False] * first + [True] * (10 - first)
+        assert (row["character"], row["seed"], row["learning_rate"]) == ("mon-hum-neu", 1, CONFIG.learning_rate)
+    ours, *others = (pomdp.bootstrap_interval(np.array(row["played"]["scores"])) for row in STANDIN)
+    assert [row["algorithm"] for row in STANDIN] == ["ours", "bc", "iql"] and ours[0] > max(others)[1] + 2  # far apart
 
 
 def test_the_quickstart_s_output_follows_from_its_settings_and_games(stores):
