@@ -34,6 +34,7 @@ NEEDED = {"study", "algorithm", "variant", "seed", "characters", "settings", "sc
 NOT_SETTINGS = "character train_seed data_path data_mode store_path checkpoints_path version resume keep_checkpoints"
 NOT_SETTINGS += " log_every checkpoint_every device render_processes eval_workers evaluate"
 NOTHING = "–"
+PUBLISHED = {"mon-hum-neu": 0.024, "val-hum-neu": 0.0216, "ran-hum-neu": 0.089}  # the benchmark's best, 204.8 million
 HEADER = dict(character="character", arm="arm", seeds="seeds", games="games", points="points [95 %]")
 HEADER.update(score="normalized score [95 %]", more_points="points more than {} [95 %]")
 HEADER.update(loss="held-out loss, nats [95 %]", more_loss="loss more than {} [95 %]", ends=" / ".join(ENDS))
@@ -268,6 +269,26 @@ def draw_curves(arms: Sequence[Arm], path: Path) -> str:
     return f"\n![held-out loss]({path.name})\n"
 
 
+def draw_scores(folders: Sequence[Path], path: Path) -> str:
+    """Normalized score with its interval against transitions, all evaluations of all characters -> Markdown."""
+    from matplotlib.figure import Figure
+
+    rows = [row for folder in folders if folder.is_dir() for row in read_lines(folder / "metrics.jsonl")]
+    names = [name for name in AUTOASCEND_MEAN_SCORE if any(f"{name}/normalized_score" in row for row in rows)]
+    if not names:
+        return ""
+    figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        keys = ["transitions", *(f"{name}/normalized_score{end}" for end in ("", "_low", "_high"))]
+        at, mean, low, high = np.array(sorted([row[key] for key in keys] for row in rows if keys[1] in row)).T
+        axis.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3)
+        if name in PUBLISHED:
+            axis.axhline(PUBLISHED[name], color="gray", linestyle="--")
+        axis.set(title=name, xlabel="transitions", ylabel="normalized score", ylim=(0, None))
+    figure.savefig(path)
+    return f"\n![score]({path.name})\n"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)  # one line, like all mistakes
@@ -276,7 +297,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="ROWS_OR_RUN_DIR", help=".jsonl files of rows, folders")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write report.md and curves.png into this folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write report.md and pictures into this folder")
     parser.add_argument("--baseline", default="ours", metavar="ARM", help="arm to compare with (default: %(default)s)")
     try:
         args = parser.parse_args(argv)
@@ -287,8 +308,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(table)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            picture = draw_curves(arms, args.out / "curves.png")
-            (args.out / "report.md").write_text(f"{table}\n{picture}", encoding="utf-8")
+            pictures = draw_curves(arms, args.out / "curves.png") + draw_scores(args.paths, args.out / "scores.png")
+            (args.out / "report.md").write_text(f"{table}\n{pictures}", encoding="utf-8")
         return 0
     except (UserError, OSError) as error:
         print("report: error: " + " ".join(str(error).split()), file=sys.stderr)

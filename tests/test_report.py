@@ -182,11 +182,36 @@ def test_rows_and_folders_in_one_report(run_folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True)
     assert all(f"| {arm} |" in done.stdout for arm in ("ours", "bc", "custom")) and not done.stderr
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert text == done.stdout + "\n![held-out loss](curves.png)\n" and str(tmp_path) not in text
+    pictures = "\n![held-out loss](curves.png)\n\n![score](scores.png)\n"
+    assert text == done.stdout + pictures and str(tmp_path) not in text
     import matplotlib.image
 
-    pixels = matplotlib.image.imread(tmp_path / "out" / "curves.png")[..., :3]
-    assert pixels.shape[1] > 800 and 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.6  # not blank
+    for name in ("curves.png", "scores.png"):
+        pixels = matplotlib.image.imread(tmp_path / "out" / name)[..., :3]
+        assert pixels.shape[1] > 700 and 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.6  # not blank
+
+
+@pytest.mark.pinned_stack  # matplotlib
+def test_the_picture_of_scores_shows_every_evaluation_with_its_interval(run_folder, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    assert (
+        report.draw_scores([run_folder, tmp_path / "rows.jsonl"], tmp_path / "scores.png") == "\n![score](scores.png)\n"
+    )
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [axis.get_title() for axis in drawn[0].axes] == [MONK, VALKYRIE]
+    for axis in drawn[0].axes:
+        key, (line, _, bars) = f"{axis.get_title()}/normalized_score", axis.containers[0]
+        evaluated = [row for row in rows if key in row]
+        assert len(evaluated) == 2 and line.get_xydata().tolist() == [
+            [row["transitions"], row[key]] for row in evaluated
+        ]
+        ends = [[row[key + "_low"], row[key + "_high"]] for row in evaluated]
+        assert np.allclose([segment[:, 1] for segment in bars[0].get_segments()], ends)
+        assert {report.PUBLISHED[axis.get_title()]} in [{*other.get_ydata()} for other in axis.lines]
+    assert report.draw_scores([tmp_path / "rows.jsonl"], tmp_path / "scores.png") == ""
 
 
 MISTAKES = {
