@@ -46,8 +46,14 @@ def benchmark_lines():
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
 
 
+GPU = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))
+H100 = {(row["batch"], row["units"], row["reader"]): np.median(row["paces"]) for row in GPU["h100"]["train"]}
+
+
 def gpu_lines():
-    for row in json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["train"]:
+    for (batch, units, reader), pace in H100.items():
+        yield f"| {batch} | {units:,} | {reader} | {pace:,.0f} |"
+    for row in GPU["train"]:
         loaded = f"{row['loaded']:,}" if "loaded" in row else report.NOTHING
         yield f"| {row['batch']} | {row.get('what', row.get('look_up'))} | {row['ready']:,} | {loaded} |"
 
@@ -223,16 +229,17 @@ def phrases_of_results():
 
 
 def phrases_of_gpu():
-    gpu = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))
-    off = {row["precision"]: row["difference"] for row in gpu["agreement"]}
-    pace = {(row["batch"], row.get("what", row.get("look_up"))): row["ready"] for row in gpu["train"]}
+    off = {row["precision"]: row["difference"] for row in GPU["agreement"]}
+    pace = {(row["batch"], row.get("what", row.get("look_up"))): row["ready"] for row in GPU["train"]}
     ours, iql = pace["1024 x 32", "copies"], max(pace[batch, "Katakomba's IQL"] for batch in ("64 x 16", "128 x 16"))
+    both = [H100[batch, 2048, "four processes"] / H100[batch, 2048, "its thread"] for batch in ("256 x 32", "1024 x 32")]
     return [
-        f"which alone gives {gpu['loader_alone']:,}",
+        f"gives {both[0]:.2f} times at 256 x 32 and {both[1]:.2f} at 1024 x 32,",
+        f"which alone gives {GPU['loader_alone']:,}",
         f"makes {ours / pace['1024 x 32', 'embedding']:.1f} times the pace at 1024 x 32",
         f"that is {ours / iql:.1f} times; the targets of 10 times and of 300,000",
         f"by at most {off['fp32']} in fp32, {off['bf16']} in bf16 and {off['fp16']} in fp16 from the CPU's in fp32",
-        *("One NVIDIA H200, full size, bf16", "in 64 copies of the table", "over 20 updates of 8 x 16"),
+        *("One NVIDIA H100, bf16", "At 128 x 32 the GPU", "One NVIDIA H200, full size, bf16", "in 64 copies of the table", "over 20 updates of 8 x 16"),
     ]
 
 
