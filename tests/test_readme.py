@@ -232,14 +232,22 @@ def phrases_of_gpu():
     off = {row["precision"]: row["difference"] for row in GPU["agreement"]}
     pace = {(row["batch"], row.get("what", row.get("look_up"))): row["ready"] for row in GPU["train"]}
     ours, iql = pace["1024 x 32", "copies"], max(pace[batch, "Katakomba's IQL"] for batch in ("64 x 16", "128 x 16"))
-    both = [H100[batch, 2048, "four processes"] / H100[batch, 2048, "its thread"] for batch in ("256 x 32", "1024 x 32")]
+    both = [
+        H100[batch, 2048, "four processes"] / H100[batch, 2048, "its thread"] for batch in ("256 x 32", "1024 x 32")
+    ]
     return [
         f"gives {both[0]:.2f} times at 256 x 32 and {both[1]:.2f} at 1024 x 32,",
         f"which alone gives {GPU['loader_alone']:,}",
         f"makes {ours / pace['1024 x 32', 'embedding']:.1f} times the pace at 1024 x 32",
         f"that is {ours / iql:.1f} times; the targets of 10 times and of 300,000",
         f"by at most {off['fp32']} in fp32, {off['bf16']} in bf16 and {off['fp16']} in fp16 from the CPU's in fp32",
-        *("One NVIDIA H100, bf16", "At 128 x 32 the GPU", "One NVIDIA H200, full size, bf16", "in 64 copies of the table", "over 20 updates of 8 x 16"),
+        *(
+            "One NVIDIA H100, bf16",
+            "At 128 x 32 the GPU",
+            "One NVIDIA H200, full size, bf16",
+            "in 64 copies of the table",
+            "over 20 updates of 8 x 16",
+        ),
     ]
 
 
