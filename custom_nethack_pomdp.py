@@ -1088,6 +1088,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+from nle.nethack import ACTIONS
 from torch import Tensor
 
 
@@ -1175,11 +1176,27 @@ def games_begun(seen: List[Tuple[bytes, int]], tty_chars: Any) -> Tuple[List[boo
     return begun, now
 
 
+def named_keys(tty_chars: Tensor, keys: Tensor) -> Tensor:
+    """Screens [..., 24, 80] -> [..., A] float32: 1 for the actions whose keys [A] the question on the top line names.
+    "What do you want to eat? [d-gk or ?*]" names d, e, f, g and k."""
+    line = tty_chars[..., 0, :].long()
+    before, after, place = line.roll(1, -1), line.roll(-1, -1), torch.arange(line.shape[-1], device=line.device)
+    ends = (line == ord("]")) | (line == ord(" ")) & (after == ord("o")) & (line.roll(-2, -1) == ord("r"))
+    opened, ended = (torch.where(at, place, -1).cummax(-1).values for at in (line == ord("["), ends))
+    inside = (opened > ended) & (opened < place)
+    spans = inside & (line == ord("-")) & (before > ord(" ")) & (before < after)
+    rises = torch.zeros(*line.shape[:-1], 257, device=line.device)  # spans that begin at a key less those that ended
+    rises.scatter_add_(-1, torch.where(spans, before, line), inside.float())
+    rises.scatter_add_(-1, torch.where(spans, after, line) + 1, -inside.float())
+    return (rises.cumsum(-1)[..., keys] > 0).float()
+
+
 class Model(nn.Module):
     """Policy and value on the recurrent backbone: a dueling head (arXiv 1511.06581), but its two streams are not added
     up, since there are no action values."""
 
     advantage_square: Tensor
+    keys: Tensor  # [A] that the actions send
 
     def __init__(self, backbone: Any, hyper: Optional[AWRConfig] = None) -> None:
         super().__init__()
@@ -1189,19 +1206,25 @@ class Model(nn.Module):
         self.shared = nn.Sequential(nn.Linear(backbone.rnn_hidden_dim, self.hyper.head_dim), nn.ReLU())
         self.policy = nn.Linear(self.hyper.head_dim, backbone.num_actions)
         self.value = nn.Linear(self.hyper.head_dim, 1)
+        self.named = nn.Linear(self.hyper.head_dim, 1)
+        keys = torch.tensor([int(key) for key in ACTIONS[: backbone.num_actions]])
+        self.register_buffer("keys", keys, persistent=False)
         # Running mean of the squared advantage; 0: none seen yet. A buffer is saved like a weight and is no parameter.
         self.register_buffer("advantage_square", torch.zeros(()))
 
-    def head(self, core_output: Tensor) -> Tuple[Tensor, Tensor]:
-        """[B, T, H] -> logits [B, T, A] and values [B, T], in float32: half precision rounds away what a step changes.
+    def head(self, core_output: Tensor, tty_chars: Tensor) -> Tuple[Tensor, Tensor]:
+        """[B, T, H], [B, T, 24, 80] -> logits [B, T, A], values [B, T], in float32: half precision rounds away what
+        a step changes.
 
         A fresh LSTM's output is some 0.02 in size and differs by a thousandth from frame to frame: for its first
         hundred updates the network would learn little but how often each action is taken. Normalised (without
-        parameters, arXiv 1607.06450), it learns from the first one on.
+        parameters, arXiv 1607.06450), it learns from the first one on. What it hardly learns is to answer a question
+        with a letter that is named there: it is told, or the same wrong answer is given without end.
         """
         with torch.autocast(core_output.device.type, enabled=False):
             shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
-            return self.policy(shared), self.value(shared).squeeze(-1)
+            logits = self.policy(shared) + self.named(shared) * named_keys(tty_chars, self.keys)
+            return logits, self.value(shared).squeeze(-1)
 
     @torch.no_grad()
     def vec_act(
@@ -1220,7 +1243,7 @@ class Model(nn.Module):
             rows |= previous == self.no_action
         inputs["prev_actions"] = previous.masked_fill(rows, self.no_action)[:, None]
         core_output, rnn_state = self.backbone(inputs, clear(rnn_state, rows))
-        logits, _ = self.head(core_output)
+        logits, _ = self.head(core_output, inputs["tty_chars"])
         actions = Categorical(logits=logits[:, -1] / self.hyper.temperature).sample()
         return actions.cpu().numpy(), ActingState(rnn_state, seen)
 
@@ -1267,7 +1290,7 @@ class OfflineAlgorithm:
         T = actions.shape[1] - 1
         store_at = T - min(self.hyper.burn_in, T)
         core_output, states = self._unroll(inputs, resets, self._burn_in(rnn_states), store_at)
-        logits, values = self.model.head(core_output)
+        logits, values = self.model.head(core_output, inputs["tty_chars"])
         loss, info = self._loss(logits[:, :T], values, *(x[:, :T] for x in (actions, rewards, dones, mask)))
         self.values = values[:, :T].detach()
 

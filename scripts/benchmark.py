@@ -207,8 +207,9 @@ def likeliest_actions(model: Any, batch: Dict[str, torch.Tensor]) -> torch.Tenso
     inputs, state, actions = {name: batch[name] for name in pomdp.OBSERVATIONS}, None, []
     inputs["prev_actions"] = torch.cat([batch["prev_actions"], batch["actions"][:, :-1]], dim=1)
     for t in range(batch["mask"].shape[1] - 1):
-        core_output, state = model.backbone({name: value[:, t : t + 1] for name, value in inputs.items()}, state)
-        actions.append(model.head(core_output)[0].argmax(-1))
+        now = {name: value[:, t : t + 1] for name, value in inputs.items()}
+        core_output, state = model.backbone(now, state)
+        actions.append(model.head(core_output, now["tty_chars"])[0].argmax(-1))
     return torch.cat(actions, dim=1)
 
 

@@ -293,8 +293,8 @@ def too_new(node: ast.AST) -> Iterator[str]:
         within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
         parts = [(within + alias.name).split(".") for alias in node.names]
         names = [".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)]
-        if not {part[0] for part in parts} <= sys.stdlib_module_names | {"torch", "numpy", "__future__"}:
-            yield f"import of {names[0]}: neither standard library, torch nor numpy"
+        if not {part[0] for part in parts} <= sys.stdlib_module_names | {"torch", "numpy", "nle", "__future__"}:
+            yield f"import of {names[0]}: neither standard library, torch, numpy nor nle"
     elif isinstance(node, ast.Call):
         names = [f"{ast.unparse(node.func).split('.')[-1]}({keyword.arg}=)" for keyword in node.keywords]
     for name in (re.sub(r"^nn\.", "torch.nn.", name) for name in names):

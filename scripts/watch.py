@@ -65,7 +65,7 @@ class Actor:
         self.value: Optional[float] = None  # submission's model has no `head` that gives logits and values
         head = getattr(model, "head", None)
         if inspect.ismethod(head):
-            model.head = lambda core_output: self._keep(*head(core_output))
+            model.head = lambda *inputs: self._keep(*head(*inputs))
 
     def _keep(self, logits: torch.Tensor, value: torch.Tensor) -> Any:
         """Takes what vec_act's own call of the head gives: the recurrent state must not step twice."""

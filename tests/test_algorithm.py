@@ -1,6 +1,7 @@
 """Backbone, model and algorithm: reference implementations, properties, and what must not leave a trace."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def single_steps(backbone, inputs, resets):
 def core_outputs(algorithm):
     """The list in which what the head is given will be found."""
     seen, head = [], algorithm.model.head
-    algorithm.model.head = lambda core: seen.append(core.detach()) or head(core)
+    algorithm.model.head = lambda core, chars: seen.append(core.detach()) or head(core, chars)
     return seen
 
 
@@ -199,6 +200,59 @@ def test_weights_grow_with_the_advantage_up_to_the_clip_and_those_at_it_are_coun
     assert clipped.item() == pytest.approx(2 / 5)
 
 
+def named_by(line):
+    """The same as named_keys in plain Python, for one message line: the actions whose keys it names."""
+    found = re.search(rb"\[(.*?)(?: or|\]|$)", line)
+    text = re.sub(rb"(\w)-(\w)", lambda span: bytes(range(span[1][0], span[2][0] + 1)), found[1] if found else b"")
+    return [int(key) in text for key in pomdp.nethack.ACTIONS]
+
+
+LINES = [
+    "[$lp or ?*]",
+    "[- a-dfo or ?*]",
+    "[d-f or ?*]",
+    "[a-cX-Z or ?*]",
+    "[- or ?*]",
+    "[oqr or ?*]",
+    "eat it? [ynq] (q)",
+]
+
+
+def test_keys_that_a_question_names(games):
+    loader = pomdp.ChunkLoader(games, range(len(games.frames)), pomdp.TrainConfig(seq_len=200), 16, 1.0)
+    recorded = torch.cat([loader.batch_at(number)["tty_chars"][:, :-1].flatten(0, 1) for number in range(8)])
+    screens = torch.full((len(LINES), 24, 80), ord(" "), dtype=torch.uint8)
+    for screen, line in zip(screens, LINES):
+        screen[0, : len(line)] = torch.tensor(list(line.encode()))
+    screens[:, 1] = ord("[")  # other rows ask nothing
+    keys = small_algorithm().model.keys
+    for part, least in ((screens, len(LINES)), (recorded, 50)):
+        found = pomdp.named_keys(part[:, None], keys)[:, 0]
+        expected = torch.tensor([named_by(bytes(line.tolist())) for line in part[:, 0]]).float()
+        assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= least
+        assert torch.equal(found, pomdp.named_keys(part.float(), keys))  # as the benchmark gives them
+
+
+def test_named_keys_are_answered_as_the_model_has_learned(games):
+    """Questions that name one letter, another one every time, and the letter is the answer: nothing else can tell."""
+    algorithm, batch = small_algorithm(), random_batch(rows=64, steps=1)
+    optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-2)
+    letters = torch.randint(ord("a"), ord("z") + 1, (64, 2), generator=torch.manual_seed(0))
+    batch["tty_chars"][:], batch["rewards"][:] = ord(" "), 0
+    batch["tty_chars"][:, :, 0, 20], batch["tty_chars"][:, :, 0, 22] = ord("["), ord("]")
+    batch["tty_chars"][:, :, 0, 21] = letters.byte()
+    batch["actions"] = torch.as_tensor(pomdp.KEY_TO_ACTION)[letters].long()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, _, _ = algorithm.train_step(batch, NO_PREVIOUS[:1].expand(64, 1), {})
+        loss.backward()
+        optimizer.step()
+    batch["tty_chars"][:, :, 0, 21] = letters.roll(1, 0).byte()  # letters that this row has not seen
+    obs = {name: batch[name][:, 0].numpy() for name in pomdp.OBSERVATIONS}
+    actions, _ = algorithm.model.eval().vec_act({**obs, "prev_actions": np.full(64, pomdp.NO_ACTION)})
+    assert (actions == pomdp.KEY_TO_ACTION[letters.roll(1, 0)[:, 0]]).mean() > 0.9
+
+
 # --- the algorithm: states
 def test_chunks_with_carried_state_equal_one_long_run():
     """With unchanged weights: whatever the burn-in, and across ends of games."""
@@ -259,7 +313,7 @@ def test_loss_is_that_of_the_formulas():
     algorithm, batch = small_algorithm(algorithm={"burn_in": 0, "value_coef": 0.3}), random_batch(done_share=0.2)
     core, _ = single_steps(algorithm.model.backbone.eval(), *one_run(batch))
     with torch.no_grad():
-        logits, values = algorithm.model.head(core)
+        logits, values = algorithm.model.head(core, batch["tty_chars"])
     targets = lambda_returns(batch["rewards"][:, :-1], batch["dones"][:, :-1].float(), values, 0.999, AWRConfig.lam)
     advantages = targets - values[:, :-1]
     scale = math.sqrt((advantages**2).mean().item())  # the first batch's own; later a running mean
@@ -335,13 +389,14 @@ def test_advantage_scale_is_a_running_mean_square_that_is_saved_and_that_held_ou
 def test_finite_under_autocast_at_extreme_rewards(reward):
     algorithm, batch, states = small_algorithm(), random_batch(), {}
     batch["rewards"][:] = reward
+    inputs = torch.ones(1, 2, HIDDEN).cumsum(-1), batch["tty_chars"][:1, :2]
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-2)
     for _ in range(5):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, states, info = step(algorithm, batch, states)
-            half = algorithm.model.head(torch.ones(1, 2, HIDDEN).cumsum(-1))
+            half = algorithm.model.head(*inputs)
         # Half precision would round a value by more than a step of the game changes it.
-        torch.testing.assert_close(half, algorithm.model.head(torch.ones(1, 2, HIDDEN).cumsum(-1)), rtol=0, atol=0)
+        torch.testing.assert_close(half, algorithm.model.head(*inputs), rtol=0, atol=0)
         assert loss.dtype == torch.float32 and all(map(math.isfinite, info.values()))
         optimizer.zero_grad()
         loss.backward()

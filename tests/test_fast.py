@@ -51,7 +51,9 @@ def test_greedy_actions_of_the_fast_step_equal_the_lstms_on_recorded_games(games
         for t in range(80):
             output, state = model.backbone({name: value[:, t : t + 1] for name, value in inputs.items()}, state)
             outputs.append(output)
-        fast, plain = (model.head(core_output)[0] for core_output in (torch.cat(outputs, dim=1), plain))
+        fast, plain = (
+            model.head(core_output, inputs["tty_chars"])[0] for core_output in (torch.cat(outputs, dim=1), plain)
+        )
     torch.testing.assert_close(fast, plain, rtol=0, atol=3e-5)
     counts = batch["mask"][:, :80]
     assert counts.sum() > 500 and torch.equal(fast.argmax(-1)[counts], plain.argmax(-1)[counts])

@@ -137,7 +137,7 @@ def test_held_out_games_are_scored_from_their_first_frame_on_by_phase(small, gam
         batch = pomdp.ChunkLoader(games, np.array([game]), study.replace(config, seq_len=300), 1, 1.0).batch_at(0)
         batch["prev_actions"] = torch.cat([batch["prev_actions"], batch["actions"][:, :-1]], dim=1)
         with torch.no_grad():
-            logits, _ = algorithm.model.head(algorithm.model.backbone(batch, None)[0])
+            logits, _ = algorithm.model.head(algorithm.model.backbone(batch, None)[0], batch["tty_chars"])
         losses = torch.nn.functional.cross_entropy(logits[0], batch["actions"][0], reduction="none")
         counts, found = batch["mask"][0], row["heldout_games"][MONK][stores[MONK].names[game]]
         parts = [found, *found["phases"].values()]

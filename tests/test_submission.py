@@ -115,9 +115,9 @@ def test_names_from_outside(source, expected):
 @pytest.mark.parametrize(
     "source, complaints",
     [
-        ("import math, torch.nn.functional\nfrom collections import deque\nimport numpy as np", []),
+        ("import math, torch.nn.functional, nle\nfrom collections import deque\nimport numpy as np", []),
         ("a = {**b}\nc = (a > 1) | (b > 1)\nd = zip(a, b)\nm.load_state_dict(w, strict=True)\na |= b\n", []),
-        ("import nle", ["line 1: import of nle"]),
+        ("import gym", ["line 1: import of gym"]),
         ("import os, wandb.sdk", ["line 1: import of os: neither"]),
         ("from . import x", ["line 1: import of"]),
         ("def f():\n    import custom_nethack_pomdp", ["line 2: import of custom_nethack_pomdp: neither"]),
@@ -234,7 +234,7 @@ def test_the_whole_file_must_import_by_path(tmp_path):
         ("\nimport sys\nsys.modules[__name__] = sys\n", "it registers itself in sys.modules$"),
         ("\ndel TrainConfig\n", "TrainConfig"),
         ("\nwith (open('a') as a, open('b') as b): pass\n", "Parenthesized context managers"),
-        ("\nawr_config = lambda _: AWRConfig(200)\n", "434,322 parameters beyond the backbone, more than 267,033$"),
+        ("\nawr_config = lambda _: AWRConfig(200)\n", "434,523 parameters beyond the backbone, more than 267,033$"),
     ):
         whole.write_text(text + more, encoding="utf-8")
         found = failures(check.read_block(whole), only="whole file by path")

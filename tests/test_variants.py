@@ -14,6 +14,7 @@ sys.path.insert(0, str(SCRIPTS / "studies" / "variants"))
 import averaged_weights
 import crop_only
 import hl_gauss
+import no_named_keys
 import plain_head
 
 VARIANTS = sorted((SCRIPTS / "studies" / "variants").glob("*.py"))
@@ -183,5 +184,18 @@ def test_the_plain_head_sees_the_output_as_it_comes():
     output = torch.randn(2, 3, 16)
     deviation = output.var(-1, unbiased=False, keepdim=True).add(1e-5).sqrt()
     normal = (output - output.mean(-1, keepdim=True)) / deviation
-    torch.testing.assert_close(plain.head(normal), ours.head(output), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(plain.head(output)[0], ours.head(output)[0])
+    chars = torch.zeros(2, 3, 24, 80)
+    torch.testing.assert_close(plain.head(normal, chars), ours.head(output, chars), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain.head(output, chars)[0], ours.head(output, chars)[0])
+
+
+@torch.no_grad()
+def test_without_named_keys_no_question_reaches_the_head():
+    ours, blind = algorithm_of(pomdp).model, algorithm_of(no_named_keys).model
+    output, chars = torch.randn(2, 1, 16), torch.full((2, 1, 24, 80), ord(" "))
+    asked = chars.clone()
+    asked[1, 0, 0, :5] = torch.tensor(list(b"[a-c]"))
+    assert torch.equal(blind.head(output, asked)[0], ours.head(output, chars)[0])
+    told = ours.head(output, asked)[0] - ours.head(output, chars)[0]
+    letters = {chr(int(pomdp.nethack.ACTIONS[place])) for place in told[1, 0].nonzero().flatten()}
+    assert letters == {*"abc"} and not told[0].any()

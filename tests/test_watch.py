@@ -106,7 +106,7 @@ def test_probabilities_and_value_are_the_model_s(checkpoint, recorded):
     common = int(np.bincount(part.actions).argmax())
     with torch.no_grad():
         core_output, _ = model.backbone(inputs)
-        logits, values = model.head(core_output)
+        logits, values = model.head(core_output, inputs["tty_chars"])
         bias = (logits[0].max(-1).values - logits[0, :, common]).median() + 0.01  # its favourite in half of the frames
         model.policy.bias[common] += bias
         logits[0, :, common] += bias

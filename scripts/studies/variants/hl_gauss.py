@@ -1,5 +1,5 @@
 """Ours with the value as classes over bins instead of a scalar (HL-Gauss, arXiv 2403.03950, section 3): cross-entropy
-to a Gaussian around the target; the value is the expectation over the bins' centres. Head: 266,692 parameters."""
+to a Gaussian around the target; the value is the expectation over the bins' centres. Head: 266,811 parameters."""
 
 from typing import Any, Tuple
 
@@ -25,11 +25,12 @@ class Model(ours.Model):
         super().__init__(backbone, hyper)
         self.value = nn.Linear(self.hyper.head_dim, BINS)
 
-    def head(self, core_output: Tensor) -> Tuple[Tensor, Tensor]:
+    def head(self, core_output: Tensor, tty_chars: Tensor) -> Tuple[Tensor, Tensor]:
         shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
         self.bin_logits = self.value(shared).float()  # kept for the loss
         centres = LOW + (torch.arange(BINS, device=shared.device) + 0.5) * (HIGH - LOW) / BINS
-        return self.policy(shared).float(), self.bin_logits.softmax(-1) @ centres
+        logits = self.policy(shared) + self.named(shared) * ours.named_keys(tty_chars, self.keys)
+        return logits.float(), self.bin_logits.softmax(-1) @ centres
 
 
 class OfflineAlgorithm(ours.OfflineAlgorithm):

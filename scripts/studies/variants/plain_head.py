@@ -8,9 +8,10 @@ import custom_nethack_pomdp as ours
 
 
 class Model(ours.Model):
-    def head(self, core_output: Tensor) -> Tuple[Tensor, Tensor]:
+    def head(self, core_output: Tensor, tty_chars: Tensor) -> Tuple[Tensor, Tensor]:
         shared = self.shared(core_output)
-        return self.policy(shared).float(), self.value(shared).float().squeeze(-1)
+        logits = self.policy(shared) + self.named(shared) * ours.named_keys(tty_chars, self.keys)
+        return logits.float(), self.value(shared).float().squeeze(-1)
 
 
 class OfflineAlgorithm(ours.OfflineAlgorithm):
