@@ -44,7 +44,8 @@ SCREEN_SHAPE = (3, 108, 108)  # an 18 x 18 crop round the cursor, 6 x 6 pixels a
 SLOTS = 14  # games at a time in the benchmark's evaluation
 TASK_LIMIT = 2_000_000  # parameters beyond the backbone, from the task's text
 SCRIPT_LIMIT = int(1.05 * 254_318)  # its budget script's: by the largest reference's head, IQL's
-STEPS = 8  # of the small loop: enough for carried states, an update of a target network and several game ends
+# of the small loop: enough for carried states, an update of a target network and several game ends
+STEPS = 8
 SMALL = {"rnn_hidden_dim": 32, "width": 8}
 
 Batch = Dict[str, torch.Tensor]
@@ -52,13 +53,33 @@ Arrays = Dict[str, np.ndarray]
 
 
 # --- The stand-in: what surrounds the block in the benchmark's file
-DEFAULTS = dict(character="mon-hum-neu", data_mode="in_memory", update_steps=100_000, batch_size=128, seq_len=16)
-DEFAULTS.update(project="NetHack", group="custom-nethack-pomdp", name="custom", version=0, checkpoints_path=None)
-DEFAULTS.update(rnn_hidden_dim=2048, rnn_layers=2, use_prev_action=True, rnn_dropout=0.0, clip_range=10.0, tau=0.005)
-DEFAULTS.update(gamma=0.999, learning_rate=3e-4, weight_decay=0.0, clip_grad_norm=None, train_seed=42, eval_seed=50)
+DEFAULTS = dict(
+    character="mon-hum-neu", data_mode="in_memory", update_steps=100_000, batch_size=128, seq_len=16
+)
+DEFAULTS.update(
+    project="NetHack", group="custom-nethack-pomdp", name="custom", version=0, checkpoints_path=None
+)
+DEFAULTS.update(
+    rnn_hidden_dim=2048,
+    rnn_layers=2,
+    use_prev_action=True,
+    rnn_dropout=0.0,
+    clip_range=10.0,
+    tau=0.005,
+)
+DEFAULTS.update(
+    gamma=0.999,
+    learning_rate=3e-4,
+    weight_decay=0.0,
+    clip_grad_norm=None,
+    train_seed=42,
+    eval_seed=50,
+)
 DEFAULTS.update(eval_every=10_000, eval_episodes=50, eval_processes=14, render_processes=14)
 # The benchmark's fields and defaults, and no others: a block that reads any other from `config` fails there.
-TrainConfig: Any = make_dataclass("TrainConfig", [(name, Any, field(default=x)) for name, x in DEFAULTS.items()])
+TrainConfig: Any = make_dataclass(
+    "TrainConfig", [(name, Any, field(default=x)) for name, x in DEFAULTS.items()]
+)
 
 
 @torch.no_grad()
@@ -84,7 +105,9 @@ class ModelBackbone(nn.Module):
     int64 are errors. `width` divides Katakomba's sizes of the encoders, for fast checks.
     """
 
-    def __init__(self, action_dim: int, rnn_hidden_dim: int = 2048, rnn_layers: int = 2, width: int = 1) -> None:
+    def __init__(
+        self, action_dim: int, rnn_hidden_dim: int = 2048, rnn_layers: int = 2, width: int = 1
+    ) -> None:
         super().__init__()
         self.num_actions, self.rnn_hidden_dim = action_dim, rnn_hidden_dim
         line, screen, c = 128 // width, 512 // width, 32 // width
@@ -92,15 +115,23 @@ class ModelBackbone(nn.Module):
         def layer(kind: Any, *sizes: int) -> List[nn.Module]:
             return [kind(*sizes), nn.ELU()]
 
-        self.topline = nn.Sequential(*layer(nn.Linear, 80 * 256, line), *layer(nn.Linear, line, line))
+        self.topline = nn.Sequential(
+            *layer(nn.Linear, 80 * 256, line), *layer(nn.Linear, line, line)
+        )
         lines = [*layer(nn.Conv1d, 2, c, 8, 4), *layer(nn.Conv1d, c, 2 * c, 4), nn.Flatten()]
         lines += [*layer(nn.Linear, 2 * c * 36, line), *layer(nn.Linear, line, line)]
         pixels = [*layer(nn.Conv2d, 3, c, 8, 6), *layer(nn.Conv2d, c, 2 * c, 4, 2)]
-        pixels += [*layer(nn.Conv2d, 2 * c, 4 * c, 3, 2), *layer(nn.Conv2d, 4 * c, 4 * c, 3, 1), nn.Flatten()]
+        pixels += [
+            *layer(nn.Conv2d, 2 * c, 4 * c, 3, 2),
+            *layer(nn.Conv2d, 4 * c, 4 * c, 3, 1),
+            nn.Flatten(),
+        ]
         # Scripted, as there: a copy made where gradients are recorded has parameters that are no leaves.
         self.bottom = torch.jit.script(nn.Sequential(*lines))
         self.screen = torch.jit.script(nn.Sequential(*pixels, *layer(nn.Linear, 4 * c, screen)))
-        self.rnn = nn.LSTM(2 * line + screen + action_dim, rnn_hidden_dim, rnn_layers, batch_first=True)
+        self.rnn = nn.LSTM(
+            2 * line + screen + action_dim, rnn_hidden_dim, rnn_layers, batch_first=True
+        )
 
     def _encode(self, inputs: Batch) -> torch.Tensor:
         chars, screen = inputs["tty_chars"], inputs["screen_image"]
@@ -108,14 +139,19 @@ class ModelBackbone(nn.Module):
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             """[B, T, ...] -> [B * T, ...], a view: a slice in time of a float batch is not copied before, and fails."""
-            return x.to(torch.float, memory_format=torch.contiguous_format).view(B * T, *x.shape[2:])
+            return x.to(torch.float, memory_format=torch.contiguous_format).view(
+                B * T, *x.shape[2:]
+            )
 
-        top = nn.functional.one_hot(rows(chars[..., 0, :]).long(), 256).flatten(1).float()  # [B*T, 80*256]
+        # [B*T, 80*256]
+        top = nn.functional.one_hot(rows(chars[..., 0, :]).long(), 256).flatten(1).float()
         bottom = rows(chars[..., -2:, :]).flatten(1)  # [B*T, 160]
         digits = ((bottom >= 45) & (bottom <= 57)) * (bottom - 47) / 10
         bottom = torch.stack([(bottom - 32) / 96, digits], dim=1)  # [B*T, 2, 160]
         parts = [self.topline(top), self.bottom(bottom), self.screen(rows(screen) / 255.0)]
-        parts.append(nn.functional.one_hot(inputs["prev_actions"], self.num_actions).view(B * T, -1))
+        parts.append(
+            nn.functional.one_hot(inputs["prev_actions"], self.num_actions).view(B * T, -1)
+        )
         return torch.cat(parts, dim=-1).view(B, T, -1)
 
     def forward(self, inputs: Batch, state: Any = None) -> Tuple[torch.Tensor, Any]:
@@ -129,7 +165,9 @@ class ModelBackbone(nn.Module):
         with torch.autocast("cpu", enabled=False):
             with torch.set_grad_enabled(gradient):
                 encoded = self._encode(inputs)
-            output, state = self.rnn(encoded, None if state is None else tuple(part.float() for part in state))
+            output, state = self.rnn(
+                encoded, None if state is None else tuple(part.float() for part in state)
+            )
         return output.to(dtype), tuple(part.to(dtype) for part in state)
 
 
@@ -145,15 +183,21 @@ from torch.distributions import Categorical
 DEVICE, LSTM_HIDDEN, UPDATE_INFO = "cpu", Tuple[torch.Tensor, torch.Tensor], Dict[str, Any]
 """
 exec(IMPORTS, PROVIDED)
-PROVIDED.update({part.__name__: part for part in (TrainConfig, ModelBackbone, soft_update, asymmetric_l2_loss)})
+PROVIDED.update(
+    {part.__name__: part for part in (TrainConfig, ModelBackbone, soft_update, asymmetric_l2_loss)}
+)
 
 
 def made_up_frames(rng: np.random.Generator, *lead: int) -> Arrays:
     """Observations of noise, each [*lead, ...], with the benchmark's keys, shapes and dtypes. Only the status lines can
     be read: a character's in turn 1 or 2, so that new games are seen to begin."""
     chars = rng.integers(32, 127, (*lead, 24, 80)).astype(np.uint8)
-    status = [f"{'Agent St:18 Dx:12 Co:17 In:8 Wi:9 Ch:10':80}Dlvl:1 T:{turn:<71}" for turn in (1, 2)]
-    chars[..., 22:, :] = np.array([list(text.encode()) for text in status]).reshape(2, 2, 80)[rng.integers(0, 2, lead)]
+    status = [
+        f"{'Agent St:18 Dx:12 Co:17 In:8 Wi:9 Ch:10':80}Dlvl:1 T:{turn:<71}" for turn in (1, 2)
+    ]
+    chars[..., 22:, :] = np.array([list(text.encode()) for text in status]).reshape(2, 2, 80)[
+        rng.integers(0, 2, lead)
+    ]
     return {
         "tty_chars": chars,
         "tty_colors": rng.integers(0, 32, (*lead, 24, 80)).astype(np.int8),
@@ -180,26 +224,40 @@ def made_up_batches(config: Any, seed: int, game_end: float = 0.15) -> Iterator[
         shape = (config.batch_size, count)
         rewards = rng.integers(1, 50, shape) * (rng.random(shape) < 0.2) * 1.0
         actions, dones = rng.integers(0, NUM_ACTIONS, shape), rng.random(shape) < game_end
-        return {**made_up_frames(rng, *shape), "actions": actions, "rewards": rewards, "dones": dones}
+        return {
+            **made_up_frames(rng, *shape),
+            "actions": actions,
+            "rewards": rewards,
+            "dones": dones,
+        }
 
     return overlapping(steps, config.seq_len)
 
 
-def run_training(algo: Any, config: Any, batches: Any, steps: int, dtype: Any = None, on_step: Any = None) -> None:
+def run_training(
+    algo: Any, config: Any, batches: Any, steps: int, dtype: Any = None, on_step: Any = None
+) -> None:
     """The benchmark's training loop. `dtype` is that of autocast, or None for float32; `on_step(step, batch, before,
     loss, states, info)` sees each step with its gradients, and in `before` a copy of the batch as the block got it."""
     device = next(algo.model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     named = list(algo.model.named_parameters())
-    assert all(p.requires_grad for _, p in named), "the weight-decay split asserts a gradient of every parameter"
+    assert all(p.requires_grad for _, p in named), (
+        "the weight-decay split asserts a gradient of every parameter"
+    )
     groups: Dict[bool, List[nn.Parameter]] = {True: [], False: []}  # with weight decay and without
     for name, parameter in named:
         groups["weight" in name and "norm" not in name and "bn" not in name].append(parameter)
-    options = [{"params": groups[decay], "weight_decay": config.weight_decay * decay} for decay in (False, True)]
+    options = [
+        {"params": groups[decay], "weight_decay": config.weight_decay * decay}
+        for decay in (False, True)
+    ]
     optimizer = torch.optim.AdamW(options, lr=config.learning_rate)
-    running: Any = 0.0  # discounted sums of rewards: over batches for each place in the chunk, as there, not along it
+    # discounted sums of rewards: over batches for each place in the chunk, as there, not along it
+    running: Any = 0.0
     squares, count = 0.0, 0
-    prev_actions = torch.zeros((config.batch_size, 1), dtype=torch.long, device=device)  # 0 is a real action (north)
+    # 0 is a real action (north)
+    prev_actions = torch.zeros((config.batch_size, 1), dtype=torch.long, device=device)
     states: Dict[str, Any] = {}
     for step in range(1, steps + 1):
         data = next(batches)
@@ -208,7 +266,10 @@ def run_training(algo: Any, config: Any, batches: Any, steps: int, dtype: Any = 
         running = running * ~data["dones"]
         data["rewards"] = data["rewards"] / max(0.01, (squares / count) ** 0.5)
         data["rewards"] = np.clip(data["rewards"], -config.clip_range, config.clip_range)
-        batch = {name: torch.as_tensor(value, dtype=torch.float, device=device) for name, value in data.items()}
+        batch = {
+            name: torch.as_tensor(value, dtype=torch.float, device=device)
+            for name, value in data.items()
+        }
         before = {name: value.clone() for name, value in batch.items()}
         CASTS.clear()
         half = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -226,7 +287,9 @@ def run_training(algo: Any, config: Any, batches: Any, steps: int, dtype: Any = 
         optimizer.zero_grad(set_to_none=True)
         algo.after_gradient_step()
         # There every 1,000th step, for the line of metrics.
-        info = {name: value.item() if hasattr(value, "item") else value for name, value in info.items()}
+        info = {
+            name: value.item() if hasattr(value, "item") else value for name, value in info.items()
+        }
 
 
 @torch.no_grad()
@@ -267,10 +330,16 @@ def read_block(path: Any) -> Block:
         begin, end = banners[0].end(), banners[1].start()
         return Block(str(path), text[begin:end], text[:begin].count("\n") + 1, True)
     if banners:
-        found = ", ".join(f"{banner.group(1)} in line {text[: banner.end()].count(chr(10))}" for banner in banners)
-        raise ValueError(f"{path}: there must be a banner EDITABLE BEGIN and then one EDITABLE END; there is {found}")
+        found = ", ".join(
+            f"{banner.group(1)} in line {text[: banner.end()].count(chr(10))}" for banner in banners
+        )
+        raise ValueError(
+            f"{path}: there must be a banner EDITABLE BEGIN and then one EDITABLE END; there is {found}"
+        )
     if not all(re.search(rf"(?m)^class {name}\b", text) for name in ("Model", "OfflineAlgorithm")):
-        raise ValueError(f"{path}: neither EDITABLE banners nor a bare block, with classes Model and OfflineAlgorithm")
+        raise ValueError(
+            f"{path}: neither EDITABLE banners nor a bare block, with classes Model and OfflineAlgorithm"
+        )
     mark = len(EXPORT_MARK) * text.startswith(EXPORT_MARK)
     return Block(str(path), text[mark:], 1 + (mark > 0))
 
@@ -281,7 +350,8 @@ TOO_NEW = """functools.cache itertools.pairwise .removeprefix .removesuffix .bit
     dataclass(kw_only=) torch.accelerator torch.amp.GradScaler torch.amp.custom_bwd torch.amp.custom_fwd torch.compiler
     torch.get_autocast_dtype torch.get_default_device torch.nn.Buffer torch.nn.RMSNorm torch.nn.attention
     torch.nn.functional.rms_norm torch.optim.Muon LayerNorm(bias=) scaled_dot_product_attention(scale=)""".split()
-FORBIDDEN = "open print input breakpoint exit quit eval exec globals __import__".split()  # a block computes, no more
+# a block computes, no more
+FORBIDDEN = "open print input breakpoint exit quit eval exec globals __import__".split()
 
 
 def too_new(node: ast.AST) -> Iterator[str]:
@@ -293,16 +363,29 @@ def too_new(node: ast.AST) -> Iterator[str]:
         within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
         parts = [(within + alias.name).split(".") for alias in node.names]
         names = [".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)]
-        if not {part[0] for part in parts} <= sys.stdlib_module_names | {"torch", "numpy", "nle", "__future__"}:
+        if not {part[0] for part in parts} <= sys.stdlib_module_names | {
+            "torch",
+            "numpy",
+            "nle",
+            "__future__",
+        }:
             yield f"import of {names[0]}: neither standard library, torch, numpy nor nle"
     elif isinstance(node, ast.Call):
-        names = [f"{ast.unparse(node.func).split('.')[-1]}({keyword.arg}=)" for keyword in node.keywords]
+        names = [
+            f"{ast.unparse(node.func).split('.')[-1]}({keyword.arg}=)" for keyword in node.keywords
+        ]
     for name in (re.sub(r"^nn\.", "torch.nn.", name) for name in names):
         if name in TOO_NEW:
             yield f"{name} is newer than Python 3.8 or torch 2.0.1"
     if isinstance(node, ast.ImportFrom) and node.module == "__future__":
         yield "from __future__ is allowed at the top of a file only, and the block goes into the middle of one"
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("dict", "list", "tuple", "set", "type"):
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in (
+        "dict",
+        "list",
+        "tuple",
+        "set",
+        "type",
+    ):
         yield f"{ast.unparse(node.value)}[...] needs Python 3.9: write {ast.unparse(node.value).title()} of typing"
     if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitOr):
         sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.value,)
@@ -325,7 +408,9 @@ def names_from_outside(source: str) -> Iterator[Tuple[int, str]]:
                 used.append((symbol.get_name(), table.get_lineno()))
             if symbol.is_declared_global() or (table is tables[0] and symbol.is_local()):
                 known.add(symbol.get_name())
-    places = [(node.id, node.lineno) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    places = [
+        (node.id, node.lineno) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
+    ]
     for name, begin in used:
         if name not in known:
             yield min(line for place, line in places if place == name and line >= begin), name
@@ -335,7 +420,10 @@ def check_text(block: Block) -> List[Tuple[int, str]]:
     """(line of the file, complaint) of whatever can be seen without running the block."""
     try:
         tree = ast.parse(block.source, feature_version=(3, 8))  # the benchmark's
-        found = {(line, f"{name} is neither defined nor provided") for line, name in names_from_outside(block.source)}
+        found = {
+            (line, f"{name} is neither defined nor provided")
+            for line, name in names_from_outside(block.source)
+        }
     except SyntaxError as error:
         return [(block.first_line + (error.lineno or 1) - 1, error.msg)]
     for node in ast.walk(tree):
@@ -350,7 +438,8 @@ def module_by_path(path: Any, names: Dict[str, Any]) -> Any:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     module.__dict__.update(names)
-    with mock.patch.object(sys, "dont_write_bytecode", True):  # a check leaves no __pycache__ beside what it checks
+    # a check leaves no __pycache__ beside what it checks
+    with mock.patch.object(sys, "dont_write_bytecode", True):
         spec.loader.exec_module(module)
     assert "_under_check" not in sys.modules, "it registers itself in sys.modules"
     return module
@@ -361,13 +450,13 @@ class Trial:
 
     def __init__(self, block: Block) -> None:
         self.block, self.config = block, TrainConfig(batch_size=3, seq_len=8)
-        self.folder = tempfile.TemporaryDirectory()  # stays while the block is in use: some code reads its own source
+        # stays while the block is in use: some code reads its own source
+        self.folder = tempfile.TemporaryDirectory()
 
     def load(self) -> str:
         path = Path(self.folder.name) / os.path.basename(self.block.path)
-        path.write_text(
-            "\n" * (self.block.first_line - 1) + self.block.source, encoding="utf-8"
-        )  # numbered as in the file
+        before = "\n" * (self.block.first_line - 1)  # lines are numbered as in the file
+        path.write_text(before + self.block.source, encoding="utf-8")
         self.module = module_by_path(path, PROVIDED)
         for name in ("Model", "OfflineAlgorithm"):
             assert isinstance(vars(self.module).get(name), type), f"it defines no class {name}"
@@ -376,28 +465,42 @@ class Trial:
     def algorithm(self, config: Any = None, **sizes: int) -> Any:
         torch.manual_seed(0)
         backbone = ModelBackbone(NUM_ACTIONS, **(sizes or SMALL))
-        return self.module.OfflineAlgorithm(backbone=backbone, config=config or self.config, device="cpu")
+        return self.module.OfflineAlgorithm(
+            backbone=backbone, config=config or self.config, device="cpu"
+        )
 
     def train(self, algo: Any, autocast: Any = None, steps: int = STEPS) -> List[str]:
         """Some steps, each inspected -> the parameters without gradient in the second half (with a burn-in)."""
         named = dict(algo.model.named_parameters())
         reached: set = set()
 
-        def inspect(step: int, batch: Batch, before: Batch, loss: torch.Tensor, states: Any, info: Any) -> None:
+        def inspect(
+            step: int, batch: Batch, before: Batch, loss: torch.Tensor, states: Any, info: Any
+        ) -> None:
             at = f"step {step}:"
             assert torch.isfinite(loss), f"{at} loss is {loss.item()}"
             assert loss.dtype == torch.float32, f"{at} loss is {loss.dtype}: compute it in float32"
             attached = any(getattr(leaf, "requires_grad", False) for leaf in tree_leaves(states))
-            assert not attached, f"{at} rnn_states are not detached, so the next step's backward fails"
+            assert not attached, (
+                f"{at} rnn_states are not detached, so the next step's backward fails"
+            )
             for name, value in info.items():
-                assert isinstance(value, (float, int)) or hasattr(value, "item"), f"{at} info[{name!r}] is no number"
+                assert isinstance(value, (float, int)) or hasattr(value, "item"), (
+                    f"{at} info[{name!r}] is no number"
+                )
                 assert math.isfinite(value), f"{at} info[{name!r}] is {value}"
-            same = batch.keys() == before.keys() and all(torch.equal(batch[name], before[name]) for name in before)
+            same = batch.keys() == before.keys() and all(
+                torch.equal(batch[name], before[name]) for name in before
+            )
             assert same, f"{at} the batch was changed in place, and the loop still needs it"
             if step > steps // 2:
-                reached.update(name for name, p in named.items() if p.grad is not None and p.grad.any())
+                reached.update(
+                    name for name, p in named.items() if p.grad is not None and p.grad.any()
+                )
 
-        run_training(algo, self.config, made_up_batches(self.config, seed=1), steps, autocast, inspect)
+        run_training(
+            algo, self.config, made_up_batches(self.config, seed=1), steps, autocast, inspect
+        )
         return [name for name in named if name not in reached]
 
 
@@ -406,18 +509,24 @@ def check_builds(trial: Trial) -> str:
     backbone = ModelBackbone(NUM_ACTIONS, **SMALL)
     given = deepcopy(backbone.state_dict())
     algo = trial.module.OfflineAlgorithm(backbone=backbone, config=trial.config, device="cpu")
-    assert getattr(algo.model, "backbone", None) is backbone, "model.backbone is not the backbone that was given"
+    assert getattr(algo.model, "backbone", None) is backbone, (
+        "model.backbone is not the backbone that was given"
+    )
     now = backbone.state_dict()
     assert all(torch.equal(given[name], now[name]) for name in now), "the backbone was changed"
     trained, counted = ({id(p) for p in part.parameters()} for part in (algo, algo.model))
-    assert trained == counted, "parameters() are not those of algo.model, which are trained and counted"
+    assert trained == counted, (
+        "parameters() are not those of algo.model, which are trained and counted"
+    )
     return f"{len(counted)} tensors to train"
 
 
 def check_trains(trial: Trial, autocast: Any = None) -> str:
     missed = trial.train(trial.algorithm(), autocast)
     hint = "; is it autocast's memory of a pass without gradient (see CASTS)?" if autocast else ""
-    assert not missed, f"no gradient reaches {len(missed)} parameters, {', '.join(missed[:3])}{hint}"
+    assert not missed, (
+        f"no gradient reaches {len(missed)} parameters, {', '.join(missed[:3])}{hint}"
+    )
     return f"{STEPS} steps"
 
 
@@ -448,17 +557,28 @@ def check_acts(trial: Trial) -> str:
         runs.append(run_acting(algo.model, 4, overwritten))
     for actions in runs[0]:
         kind = f"{type(actions).__name__} {getattr(actions, 'dtype', '')} {list(np.shape(actions))}"
-        whole = isinstance(actions, np.ndarray) and actions.shape == (SLOTS,) and actions.dtype.kind == "i"
+        whole = (
+            isinstance(actions, np.ndarray)
+            and actions.shape == (SLOTS,)
+            and actions.dtype.kind == "i"
+        )
         assert whole, f"vec_act gives {kind}, not an ndarray of {SLOTS} whole numbers"
-        assert 0 <= actions.min() and actions.max() < NUM_ACTIONS, f"actions outside of 0..{NUM_ACTIONS - 1}"
+        assert 0 <= actions.min() and actions.max() < NUM_ACTIONS, (
+            f"actions outside of 0..{NUM_ACTIONS - 1}"
+        )
     assert np.array_equal(runs[0], runs[1]), "other actions from the same weights and seed"
-    assert np.array_equal(runs[0], runs[2]), "other actions from screens that no tick overwrites: it keeps a view"
+    assert np.array_equal(runs[0], runs[2]), (
+        "other actions from screens that no tick overwrites: it keeps a view"
+    )
     return f"{SLOTS} slots"
 
 
 def count(algo: Any) -> str:
     """Parameters beyond the backbone's, counted as the benchmark counts them."""
-    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (algo.model, algo.model.backbone)]
+    sizes = [
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (algo.model, algo.model.backbone)
+    ]
     head = sizes[0] - sizes[1]
     over = [f"{limit:,}" for limit in (SCRIPT_LIMIT, TASK_LIMIT) if head > limit]
     assert not over, f"{head:,} parameters beyond the backbone, more than {' and than '.join(over)}"
@@ -468,13 +588,20 @@ def count(algo: Any) -> str:
 def check_whole_file(block: Block) -> str:
     """The whole file as the benchmark's budget script takes it: imported by path, its own backbone at full size."""
     ast.parse(Path(block.path).read_text(encoding="utf-8"), block.path, feature_version=(3, 8))
-    module, sizes = module_by_path(block.path, {}), dict(rnn_hidden_dim=2048, rnn_layers=2, rnn_dropout=0.0)
+    module, sizes = (
+        module_by_path(block.path, {}),
+        dict(rnn_hidden_dim=2048, rnn_layers=2, rnn_dropout=0.0),
+    )
     backbone = module.ModelBackbone(action_dim=NUM_ACTIONS, use_prev_action=True, **sizes)
-    return count(module.OfflineAlgorithm(backbone=backbone, config=module.TrainConfig(), device="cpu"))
+    return count(
+        module.OfflineAlgorithm(backbone=backbone, config=module.TrainConfig(), device="cpu")
+    )
 
 
 # --- All of it
-def run_checks(block: Block, full_size: bool = True, only: str = "") -> Iterator[Tuple[str, bool, str]]:
+def run_checks(
+    block: Block, full_size: bool = True, only: str = ""
+) -> Iterator[Tuple[str, bool, str]]:
     """Every finding: of which check, whether it passed, and what it says. Ends where the block does not load or build.
     `full_size=False` leaves out networks of 57M parameters; `only`: no check that runs the block but this."""
     found = check_text(block)
@@ -508,19 +635,33 @@ def attempt(block: Block, check: Callable[[], str]) -> Tuple[bool, str]:
     except (Exception, SystemExit) as error:  # the code under check may raise anything
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         name, frames = os.path.basename(block.path), traceback.extract_tb(error.__traceback__)
-        lines = [f" (line {frame.lineno})" for frame in frames if os.path.basename(frame.filename) == name]
+        lines = [
+            f" (line {frame.lineno})"
+            for frame in frames
+            if os.path.basename(frame.filename) == name
+        ]
         return False, kind + " ".join(str(error).split()) + "".join(lines[-1:])
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", default=DEFAULT_FILE, help="default: custom_nethack_pomdp.py")
-    parser.add_argument("--export", type=Path, help="write the block there if it passes; overwrites only an export")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "file", nargs="?", default=DEFAULT_FILE, help="default: custom_nethack_pomdp.py"
+    )
+    parser.add_argument(
+        "--export", type=Path, help="write the block there if it passes; overwrites only an export"
+    )
     options = parser.parse_args(argv)
     out, failed = options.export, 0
     try:
         block = read_block(options.file)
-        if out and os.path.lexists(out) and not (out.is_file() and out.read_bytes().startswith(EXPORT_MARK.encode())):
+        if (
+            out
+            and os.path.lexists(out)
+            and not (out.is_file() and out.read_bytes().startswith(EXPORT_MARK.encode()))
+        ):
             raise ValueError(f"will not overwrite {out}: it is not an exported block")
         torch.set_num_threads(1)  # small networks: more only wait for each other
         for name, passed, detail in run_checks(block):

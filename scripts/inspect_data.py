@@ -34,7 +34,11 @@ def characters_in(root: Path) -> List[str]:
         return [root.name]  # damaged, which opening it tells
     found = {folder.name for folder in root.glob("*") if (folder / "frames.bin").exists()}
     files = [root] if root.is_file() else root.glob("*.hdf5")
-    found |= {match.group(1) for match in (re.fullmatch(r"data-(\S+)-any\.hdf5", path.name) for path in files) if match}
+    found |= {
+        match.group(1)
+        for match in (re.fullmatch(r"data-(\S+)-any\.hdf5", path.name) for path in files)
+        if match
+    }
     for path in root.rglob("*.xlogfile"):
         for line in pomdp.parse_xlogfile(path):
             found.add("-".join(line.get(name, "?").lower() for name in ("role", "race", "align0")))
@@ -80,19 +84,28 @@ def table(told: Dict[str, Any]) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", metavar="DATA_DIR", help="what --data_path takes")
     parser.add_argument("--character", help="one or several, by commas (default: all there are)")
-    parser.add_argument("--store_path", default="runs/stores", help="where stores are built (default: %(default)s)")
+    parser.add_argument(
+        "--store_path", default="runs/stores", help="where stores are built (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:
         root = Path(args.folder).expanduser()
-        characters = pomdp.TrainConfig(args.character).characters if args.character else characters_in(root)
+        characters = (
+            pomdp.TrainConfig(args.character).characters if args.character else characters_in(root)
+        )
         if not characters:
             kinds = "neither an xlogfile (NLD-AA), nor data-<character>-any.hdf5, nor a store"
             raise pomdp.UserError(f"no games in {root}: {kinds}")
-        told = [describe(pomdp.open_or_build_store(str(root), args.store_path, name)) for name in characters]
+        told = [
+            describe(pomdp.open_or_build_store(str(root), args.store_path, name))
+            for name in characters
+        ]
     except pomdp.UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

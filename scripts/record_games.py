@@ -35,7 +35,8 @@ from nle import nethack
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import NUM_ACTIONS, UserError
 
-QUIT = [int(pomdp.KEY_TO_ACTION[key]) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]  # ESC, ESC, #quit, y
+# ESC, ESC, #quit, y
+QUIT = [int(pomdp.KEY_TO_ACTION[key]) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]
 
 
 def load_player(spec: str) -> Callable[..., Any]:
@@ -55,7 +56,8 @@ def load_player(spec: str) -> Callable[..., Any]:
 
 def seeds_of(seed: int, k: int) -> Tuple[int, int, int]:
     """Seeds of game k: NetHack's own two, and the player's, whose chance stays apart from the game's."""
-    core, disp, chance = np.random.SeedSequence([seed, k]).generate_state(3)  # of 32 bits, which both NLE versions take
+    # of 32 bits, which both NLE versions take
+    core, disp, chance = np.random.SeedSequence([seed, k]).generate_state(3)
     return int(core), int(disp), int(chance)
 
 
@@ -66,7 +68,6 @@ def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
     player = load_player(args.player)(np.random.default_rng(chance))
     tempfile.tempdir = scratch  # for NLE; a worker that is stopped leaves its folders behind
     part, depth = Path(scratch) / name, 1
-    info: Dict[str, Any] = {}
     game = pomdp.NetHackGame(args.character, savedir=str(part), max_steps=args.max_steps)
     try:
         obs, done = game.reset(core, disp), False
@@ -74,31 +75,49 @@ def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
             try:
                 action = int(player.act(obs))
             except Exception as error:
-                raise RuntimeError(f"the player failed in game {name}, at key {game.steps}") from error
+                raise RuntimeError(
+                    f"the player failed in game {name}, at key {game.steps}"
+                ) from error
             if not 0 <= action < NUM_ACTIONS:
-                raise UserError(f"the player answered {action} in game {name}: actions are 0 to {NUM_ACTIONS - 1}")
-            obs, _, done, info = game.step(action)
+                raise UserError(
+                    f"the player answered {action} in game {name}: actions are 0 to {NUM_ACTIONS - 1}"
+                )
+            obs, _, done, _ = game.step(action)
             depth = max(depth, game.depth)
-        cut = info["end"] != "died"
-        for action in 3 * QUIT if cut else ():
-            if info["end"] != "died":
-                *_, info = game.step(action)
+        cut = game.end != "died"
+        for action in 3 * QUIT:
+            if game.end != "died":
+                game.step(action)
     finally:
         game.close()
     # NLE writes its line when a game is over; a game without one would never be read.
-    kept = any(log.stat().st_size for log in part.glob("*.xlogfile")) and not (cut and args.leave_out_cut)
+    kept = any(log.stat().st_size for log in part.glob("*.xlogfile")) and not (
+        cut and args.leave_out_cut
+    )
     if kept:
         for log in part.glob("*.xlogfile"):
             log.chmod(0o644)  # NLE makes it executable
         part.rename(Path(args.out) / name)
     shutil.rmtree(part, ignore_errors=True)
-    return dict(name=name, keys=game.steps, score=game.score, turns=game.turn, depth=depth, cut=cut, kept=kept)
+    return dict(
+        name=name,
+        keys=game.steps,
+        score=game.score,
+        turns=game.turn,
+        depth=depth,
+        cut=cut,
+        kept=kept,
+    )
 
 
 def record(args: argparse.Namespace, numbers: Sequence[int]) -> List[Dict[str, Any]]:
     """Plays all games, with a progress bar -> what `play` tells of each."""
-    scratch = tempfile.mkdtemp(prefix=".recording.", dir=args.out)  # on the same disk, to be renamed from
-    task, bar = partial(play, args, scratch), partial(tqdm, total=len(numbers), unit="game", disable=None)
+    # on the same disk, to be renamed from
+    scratch = tempfile.mkdtemp(prefix=".recording.", dir=args.out)
+    task, bar = (
+        partial(play, args, scratch),
+        partial(tqdm, total=len(numbers), unit="game", disable=None),
+    )
     try:
         if min(args.workers, args.games) == 1:
             return list(bar(map(task, numbers)))
@@ -117,22 +136,49 @@ def summary(rows: List[Dict[str, Any]]) -> str:
     for name in ("score", "turns", "depth", "keys") if kept else ():
         values = np.array([row[name] for row in kept], dtype=float)
         low, high = pomdp.bootstrap_interval(values)
-        lines.append(f"  {name:5s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})")
+        lines.append(
+            f"  {name:5s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})"
+        )
         lines[-1] += f"   median {np.median(values):9.1f}   max {values.max():9.1f}"
     return "\n".join(lines)
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--character", required=True, help="role-race-alignment, for example mon-hum-neu")
     add("--games", type=int, required=True, help="how many games to play")
-    add("--out", required=True, help="folder for the recordings; made if need be, added to if it exists")
-    add("--player", default="scripted_player:ScriptedPlayer", help="module:function (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the recording, 0 or more (default: %(default)s)")
-    add("--first", type=int, default=0, help="first game's number, to add to a recording (default: %(default)s)")
+    add(
+        "--out",
+        required=True,
+        help="folder for the recordings; made if need be, added to if it exists",
+    )
+    add(
+        "--player",
+        default="scripted_player:ScriptedPlayer",
+        help="module:function (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the recording, 0 or more (default: %(default)s)",
+    )
+    add(
+        "--first",
+        type=int,
+        default=0,
+        help="first game's number, to add to a recording (default: %(default)s)",
+    )
     add("--workers", type=int, default=1, help="processes to play in (default: %(default)s)")
-    add("--max_steps", type=int, default=100_000, help="keys after which a game is quit (default: %(default)s)")
+    add(
+        "--max_steps",
+        type=int,
+        default=100_000,
+        help="keys after which a game is quit (default: %(default)s)",
+    )
     add("--leave_out_cut", action="store_true", help="throw games away that had to be quit")
     return parser.parse_args(argv)
 
@@ -140,13 +186,21 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse(argv)
     try:
-        for name, least in (("games", 1), ("workers", 1), ("max_steps", 1), ("seed", 0), ("first", 0)):
+        for name, least in (
+            ("games", 1),
+            ("workers", 1),
+            ("max_steps", 1),
+            ("seed", 0),
+            ("first", 0),
+        ):
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
         pomdp.check_character(args.character)
         load_player(args.player)
         numbers = range(args.first, args.first + args.games)
-        there = [k for k in numbers if (Path(args.out) / f"{args.character}-{args.seed}-{k}").exists()]
+        there = [
+            k for k in numbers if (Path(args.out) / f"{args.character}-{args.seed}-{k}").exists()
+        ]
         if there:
             raise UserError(
                 f"{args.out} already holds {len(there)} of these games: choose another --seed, --first or --out"

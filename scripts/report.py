@@ -25,19 +25,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, UserError
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, NO_RESULT, UserError
 
 Row = Dict[str, Any]
 DEFAULT_VARIANT = "default"
 NEEDED = {"study", "algorithm", "variant", "seed", "characters", "settings", "scores", "curve"}
-# Settings that make no other arm of a run: they are told apart anyway, or shape neither weights nor games.
-NOT_SETTINGS = "character train_seed data_path data_mode store_path checkpoints_path version resume keep_checkpoints"
-NOT_SETTINGS += " log_every checkpoint_every device render_processes eval_workers evaluate"
+# Settings that make no other arm of a run: they shape no result (a device only rounds otherwise),
+# or are told apart anyway. The names that its user gave a run do tell it from others.
+NOT_SETTINGS = (NO_RESULT - {"group", "name"}) | {"device", "character", "train_seed", "evaluate"}
 NOTHING = "–"
-PUBLISHED = {"mon-hum-neu": 0.024, "val-hum-neu": 0.0216, "ran-hum-neu": 0.089}  # the benchmark's best, 204.8 million
-HEADER = dict(character="character", arm="arm", seeds="seeds", games="games", points="points [95 %]")
+# the benchmark's best, 204.8 million
+PUBLISHED = {"mon-hum-neu": 0.024, "val-hum-neu": 0.0216, "ran-hum-neu": 0.089}
+HEADER = dict(
+    character="character", arm="arm", seeds="seeds", games="games", points="points [95 %]"
+)
 HEADER.update(score="normalized score [95 %]", more_points="points more than {} [95 %]")
-HEADER.update(loss="held-out loss, nats [95 %]", more_loss="loss more than {} [95 %]", ends=" / ".join(ENDS))
+HEADER.update(
+    loss="held-out loss, nats [95 %]", more_loss="loss more than {} [95 %]", ends=" / ".join(ENDS)
+)
 
 
 class Estimate(NamedTuple):
@@ -80,19 +85,36 @@ def read_folder(folder: Path) -> Row:
     try:
         metrics = read_lines(folder / "metrics.jsonl")
         described = folder / "config.json"
-        config = json.loads(described.read_text(encoding="utf-8"))["config"] if described.exists() else {}
-        curve = [[row["transitions"], row["heldout/loss_per_action"]] for row in metrics if "heldout/frames" in row]
+        config = (
+            json.loads(described.read_text(encoding="utf-8"))["config"]
+            if described.exists()
+            else {}
+        )
+        curve = [
+            [row["transitions"], row["heldout/loss_per_action"]]
+            for row in metrics
+            if "heldout/frames" in row
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no folder of a run or an evaluation, or it is damaged: {error!r}") from None
+        raise UserError(
+            f"{folder} is no folder of a run or an evaluation, or it is damaged: {error!r}"
+        ) from None
     found = [re.fullmatch(r"(\d+)_(.+)_games\.csv", path.name) for path in folder.iterdir()]
     last = max((int(match[1]) for match in found if match), default=0)
-    files = sorted((match[2], folder / match[0]) for match in found if match and int(match[1]) == last)
+    files = sorted(
+        (match[2], folder / match[0]) for match in found if match and int(match[1]) == last
+    )
     games = {character: read_games(path) for character, path in files}
-    settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS.split()}
+    settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS}
     settings["together"] = "," in config.get("character", "")
     stem = re.sub(r"-evaluation(-\d+)?$", "", folder.name)  # of the checkpoint that was scored
     characters = dict.fromkeys([*filter(None, config.get("character", "").split(",")), *games])
-    row = {"study": "", "variant": DEFAULT_VARIANT, "seed": config.get("train_seed", 0), "characters": list(characters)}
+    row = {
+        "study": "",
+        "variant": DEFAULT_VARIANT,
+        "seed": config.get("train_seed", 0),
+        "characters": list(characters),
+    }
     row["algorithm"] = config["name"] if config and stem == folder.name else stem
     row["settings"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     row["scores"] = {character: scores for character, (scores, _) in games.items()}
@@ -105,12 +127,20 @@ def read_all(paths: Sequence[Path]) -> List[Row]:
     rows: List[Row] = []
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} does not exist; give .jsonl files of rows, or folders of runs or evaluations")
+            raise UserError(
+                f"{path} does not exist; give .jsonl files of rows, or folders of runs or evaluations"
+            )
         rows += [read_folder(path)] if path.is_dir() else read_lines(path)
     for row in rows:
         if NEEDED - row.keys():
-            raise UserError(f"a row is none of a study: it lacks {', '.join(sorted(NEEDED - row.keys()))}")
-        unknown = [name for name in [*row["characters"], *row["scores"]] if name not in AUTOASCEND_MEAN_SCORE]
+            raise UserError(
+                f"a row is none of a study: it lacks {', '.join(sorted(NEEDED - row.keys()))}"
+            )
+        unknown = [
+            name
+            for name in [*row["characters"], *row["scores"]]
+            if name not in AUTOASCEND_MEAN_SCORE
+        ]
         if unknown:
             raise UserError(f"no mean score of AutoAscend is known for {unknown[0]!r}")
     if not rows:
@@ -122,7 +152,10 @@ def collect(rows: Sequence[Row]) -> List[Arm]:
     """Rows -> arms, other ways to act last. Rows with other settings are never put together."""
     newest: Dict[str, Row] = {}
     for row in rows:
-        key = [row[name] for name in ("study", "algorithm", "variant", "settings", "seed", "characters")]
+        key = [
+            row[name]
+            for name in ("study", "algorithm", "variant", "settings", "seed", "characters")
+        ]
         newest[json.dumps(key)] = row
     if len(newest) < len(rows):
         pomdp.warn("rows repeat others in arm, seed and characters: the last was taken")
@@ -144,8 +177,15 @@ def rows_of(arm: Arm, character: str) -> List[Row]:
 
 def games_of(arm: Arm, character: str) -> Dict[Any, float]:
     """{(seed of the training, seed and number of the game): points}; the last two decide the game's own seeds."""
-    rows = {(row["seed"], row.get("evaluation", {}).get("eval_seed")): row for row in rows_of(arm, character)}
-    return {(*key, k): points for key in rows for k, points in enumerate(rows[key]["scores"].get(character, ()))}
+    rows = {
+        (row["seed"], row.get("evaluation", {}).get("eval_seed")): row
+        for row in rows_of(arm, character)
+    }
+    return {
+        (*key, k): points
+        for key in rows
+        for k, points in enumerate(rows[key]["scores"].get(character, ()))
+    }
 
 
 def losses_of(arm: Arm, character: str, seeds: Sequence[int]) -> Dict[Any, float]:
@@ -153,7 +193,10 @@ def losses_of(arm: Arm, character: str, seeds: Sequence[int]) -> Dict[Any, float
     rows = [row for row in rows_of(arm, character) if row["seed"] in seeds]
     scored = [row["heldout_games"][character] for row in rows if "heldout_games" in row]
     shared = sorted(set.intersection(*map(set, scored))) if scored else []
-    return {name: float(np.mean([games[name]["loss_per_action"] for games in scored])) for name in shared}
+    return {
+        name: float(np.mean([games[name]["loss_per_action"] for games in scored]))
+        for name in shared
+    }
 
 
 def estimate(values: Any) -> Optional[Estimate]:
@@ -168,7 +211,11 @@ def difference(mine: Dict[Any, float], theirs: Dict[Any, float]) -> Optional[Est
 
 def loss_of_runs(rows: Sequence[Row]) -> Optional[Estimate]:
     """Where games were not scored one by one: the mean over seeds, without an interval."""
-    losses = [row["heldout"]["loss_per_action"] for row in rows if row.get("heldout", {}).get("loss_per_action")]
+    losses = [
+        row["heldout"]["loss_per_action"]
+        for row in rows
+        if row.get("heldout", {}).get("loss_per_action")
+    ]
     return Estimate(float(np.mean(losses))) if losses else None
 
 
@@ -190,14 +237,23 @@ def show(found: Optional[Estimate], digits: int, bold: bool = False) -> str:
 def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]:
     rows, games = rows_of(arm, character), games_of(arm, character)
     seeds = [row["seed"] for row in rows]
-    line = {"character": character, "arm": arm.label, "seeds": str(len(rows)), "games": str(len(games) or NOTHING)}
+    line = {
+        "character": character,
+        "arm": arm.label,
+        "seeds": str(len(rows)),
+        "games": str(len(games) or NOTHING),
+    }
     line["points"] = show(estimate(games.values()), 1)
-    line["score"] = show(estimate(points / AUTOASCEND_MEAN_SCORE[character] for points in games.values()), 4)
+    line["score"] = show(
+        estimate(points / AUTOASCEND_MEAN_SCORE[character] for points in games.values()), 4
+    )
     if baseline:
         line["more_points"] = show(difference(games, games_of(baseline, character)), 1, bold=True)
     if arm.variant == DEFAULT_VARIANT:  # another way to act has the same weights
         alone = [row for row in rows if row["characters"] == [character]]
-        line["loss"] = show(estimate(losses_of(arm, character, seeds).values()) or loss_of_runs(alone), 3)
+        line["loss"] = show(
+            estimate(losses_of(arm, character, seeds).values()) or loss_of_runs(alone), 3
+        )
         if baseline:
             both = [row["seed"] for row in rows_of(baseline, character) if row["seed"] in seeds]
             pair = [losses_of(one, character, both) for one in (arm, baseline)]
@@ -211,28 +267,52 @@ def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]
 def line_of_all(arm: Arm, characters: Sequence[str]) -> Dict[str, str]:
     """Over all characters: the geometric mean of their scores, and the loss of weights that learned them together."""
     scores = [list(games_of(arm, character).values()) for character in characters]
-    means = [float(np.mean(games)) / AUTOASCEND_MEAN_SCORE[name] for games, name in zip(scores, characters)]
-    line = {"character": "all", "arm": arm.label, "seeds": str(len({row["seed"] for row in arm.rows}))}
+    means = [
+        float(np.mean(games)) / AUTOASCEND_MEAN_SCORE[name]
+        for games, name in zip(scores, characters)
+    ]
+    line = {
+        "character": "all",
+        "arm": arm.label,
+        "seeds": str(len({row["seed"] for row in arm.rows})),
+    }
     line.update(games=str(sum(map(len, scores))), score=f"{pomdp.geometric_mean(means):.4f}")
-    return {**line, "loss": show(loss_of_runs([row for row in arm.rows if len(row["characters"]) > 1]), 3)}
+    return {
+        **line,
+        "loss": show(loss_of_runs([row for row in arm.rows if len(row["characters"]) > 1]), 3),
+    }
 
 
 def make_table(arms: Sequence[Arm], baseline: str = "ours") -> str:
     lines: List[Dict[str, str]] = []
-    characters = list(dict.fromkeys(name for arm in arms for row in arm.rows for name in row["characters"]))
+    characters = list(
+        dict.fromkeys(name for arm in arms for row in arm.rows for name in row["characters"])
+    )
     for character in characters:
         trained = [arm for arm in arms if rows_of(arm, character)]
         lines += [line_of(arm, character, baseline_of(arm, arms, baseline)) for arm in trained]
-        recorded = [row.get("recorded_scores", {}).get(character) for arm in trained for row in arm.rows]
-        for points in dict.fromkeys(map(tuple, filter(None, recorded))):  # up to the step limit; the same in all rows
-            line = {"character": character, "arm": "AutoAscend, in as many actions", "games": str(len(points))}
+        recorded = [
+            row.get("recorded_scores", {}).get(character) for arm in trained for row in arm.rows
+        ]
+        # up to the step limit; the same in all rows
+        for points in dict.fromkeys(map(tuple, filter(None, recorded))):
+            line = {
+                "character": character,
+                "arm": "AutoAscend, in as many actions",
+                "games": str(len(points)),
+            }
             mean = show(estimate(np.array(points) / AUTOASCEND_MEAN_SCORE[character]), 4)
             lines.append({**line, "points": show(estimate(points), 1), "score": mean})
     if len(characters) > 1:
-        lines += [line_of_all(arm, characters) for arm in arms if all(games_of(arm, name) for name in characters)]
+        lines += [
+            line_of_all(arm, characters)
+            for arm in arms
+            if all(games_of(arm, name) for name in characters)
+        ]
     header = {name: title.format(baseline) for name, title in HEADER.items()}
     said = {name: {line.get(name, NOTHING) for line in lines} - {NOTHING} for name in header}
-    kept = [name for name in header if len(said[name]) > (name in ("arm", "seeds"))]  # not what all lines say alike
+    # not what all lines say alike
+    kept = [name for name in header if len(said[name]) > (name in ("arm", "seeds"))]
     cells = [[line.get(name, NOTHING) for name in kept] for line in (header, *lines)]
     cells.insert(1, [":---"] + ["---:"] * (len(kept) - 1))
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
@@ -252,16 +332,24 @@ def draw_curves(arms: Sequence[Arm], path: Path) -> str:
     from matplotlib.figure import Figure
 
     learned = [arm for arm in arms if arm.variant == DEFAULT_VARIANT]
-    panels = list(dict.fromkeys("+".join(row["characters"]) for arm in learned for row in arm.rows if row["curve"]))
+    panels = list(
+        dict.fromkeys(
+            "+".join(row["characters"]) for arm in learned for row in arm.rows if row["curve"]
+        )
+    )
     if not panels:
         return ""
     figure, entries = Figure(figsize=(5 * len(panels) + 2, 4.5), layout="constrained"), {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for place, arm in enumerate(learned):
-            at, mean, low, high = mean_curve([row for row in arm.rows if "+".join(row["characters"]) == panel]).T
+            at, mean, low, high = mean_curve(
+                [row for row in arm.rows if "+".join(row["characters"]) == panel]
+            ).T
             color, style = f"C{place % 10}", ("-", "--", ":", "-.")[place // 10 % 4]  # forty looks
             if len(at):
-                (entries[arm.label],) = axis.plot(at, mean, color=color, linestyle=style, marker=".")
+                (entries[arm.label],) = axis.plot(
+                    at, mean, color=color, linestyle=style, marker="."
+                )
                 axis.fill_between(at, low, high, color=color, alpha=0.15)
         axis.set(title=panel, xlabel="transitions", ylabel="held-out loss per action (nats)")
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
@@ -273,14 +361,22 @@ def draw_scores(folders: Sequence[Path], path: Path) -> str:
     """Normalized score with its interval against transitions, all evaluations of all characters -> Markdown."""
     from matplotlib.figure import Figure
 
-    rows = [row for folder in folders if folder.is_dir() for row in read_lines(folder / "metrics.jsonl")]
-    names = [name for name in AUTOASCEND_MEAN_SCORE if any(f"{name}/normalized_score" in row for row in rows)]
+    rows = [
+        row for folder in folders if folder.is_dir() for row in read_lines(folder / "metrics.jsonl")
+    ]
+    names = [
+        name
+        for name in AUTOASCEND_MEAN_SCORE
+        if any(f"{name}/normalized_score" in row for row in rows)
+    ]
     if not names:
         return ""
     figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         keys = ["transitions", *(f"{name}/normalized_score{end}" for end in ("", "_low", "_high"))]
-        at, mean, low, high = np.array(sorted([row[key] for key in keys] for row in rows if keys[1] in row)).T
+        at, mean, low, high = np.array(
+            sorted([row[key] for key in keys] for row in rows if keys[1] in row)
+        ).T
         axis.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3)
         if name in PUBLISHED:
             axis.axhline(PUBLISHED[name], color="gray", linestyle="--")
@@ -296,19 +392,36 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="ROWS_OR_RUN_DIR", help=".jsonl files of rows, folders")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write report.md and pictures into this folder")
-    parser.add_argument("--baseline", default="ours", metavar="ARM", help="arm to compare with (default: %(default)s)")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="ROWS_OR_RUN_DIR",
+        help=".jsonl files of rows, folders",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write report.md and pictures into this folder"
+    )
+    parser.add_argument(
+        "--baseline",
+        default="ours",
+        metavar="ARM",
+        help="arm to compare with (default: %(default)s)",
+    )
     try:
         args = parser.parse_args(argv)
         arms = collect(read_all(args.paths))
         if args.baseline not in ["ours", *(arm.name for arm in arms)]:
-            raise UserError(f"no arm is named {args.baseline!r}; there are {', '.join(arm.name for arm in arms)}")
+            raise UserError(
+                f"no arm is named {args.baseline!r}; there are {', '.join(arm.name for arm in arms)}"
+            )
         table = make_table(arms, args.baseline)
         print(table)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            pictures = draw_curves(arms, args.out / "curves.png") + draw_scores(args.paths, args.out / "scores.png")
+            pictures = draw_curves(arms, args.out / "curves.png") + draw_scores(
+                args.paths, args.out / "scores.png"
+            )
             (args.out / "report.md").write_text(f"{table}\n{pictures}", encoding="utf-8")
         return 0
     except (UserError, OSError) as error:

@@ -12,7 +12,8 @@ import numpy as np
 from nle import nethack
 
 Look = Tuple[str, int]  # character and colour
-KEYS = {chr(key.value): action for action, key in reversed(list(enumerate(nethack.ACTIONS)))}  # the first of two
+# the first of two
+KEYS = {chr(key.value): action for action, key in reversed(list(enumerate(nethack.ACTIONS)))}
 ESC, RETURN, KICK, PRAY = "\x1b", "\r", "\x04", chr(nethack.Command.PRAY.value)
 
 # The screen is one string of 24 * 80 cells; a step in a direction is an offset. The map is between TOP and BOTTOM.
@@ -52,7 +53,8 @@ class ScriptedPlayer:
         self.friends = {("d", 15), ("f", 15)}  # looks of pets: at first, dogs and cats in white
         self.peaceful: Dict[Look, int] = {}  # look -> turn in which the game asked "Really attack?"
         self.archer: Optional[bool] = None  # whether we have arrows for a bow
-        self.kill: Optional[Tuple[int, int, str]] = None  # (cell, turn, kind) of what we killed last
+        # (cell, turn, kind) of what we killed last
+        self.kill: Optional[Tuple[int, int, str]] = None
         self.bow = self.eating = False  # the bow is in hand; the kill is to be eaten now
         self.own_food = self.pickup = True
         self.goal: Optional[int] = None  # what the last key was meant for: a cell
@@ -65,7 +67,10 @@ class ScriptedPlayer:
         self.codes, self.kind = chars.reshape(-1), KIND[chars, colors].reshape(-1)
         row, column = map(int, obs["tty_cursor"])
         self.here = row * 80 + column
-        status = re.search(r"(.*?) +[$*]:.*HP:(-?\d+)\((\d+)\).*(?:Xp|HD):(\d+).* T:(\d+)(.*)", self.text[23 * 80 :])
+        status = re.search(
+            r"(.*?) +[$*]:.*HP:(-?\d+)\((\d+)\).*(?:Xp|HD):(\d+).* T:(\d+)(.*)",
+            self.text[23 * 80 :],
+        )
         if status:
             self.place, self.states = status.group(1), status.group(6)
             self.hungry = bool(re.search("Hungry|Weak|Faint", self.states))
@@ -78,7 +83,10 @@ class ScriptedPlayer:
             self.queue = []
             return (ESC, "s", ESC, self.rng.choice(list(STEPS)))[self.idle % 4]
         if "--More--" in self.text:
-            self.heard, self.queue = self.heard + " ".join(self.text.split("--More--")[0].split()) + " ", []
+            self.heard, self.queue = (
+                self.heard + " ".join(self.text.split("--More--")[0].split()) + " ",
+                [],
+            )
             return RETURN
         if self.queue:
             return self.queue.pop(0)
@@ -97,7 +105,11 @@ class ScriptedPlayer:
             self.peaceful[self.look(self.goal)] = self.turn
         elif "here; eat" in question:
             fresh = self.eating and self.kill and f"{self.kill[2]} corpse" in question
-            return "y" if fresh or (self.hungry and not re.search("corpse|egg|tin|glob", question)) else "n"
+            return (
+                "y"
+                if fresh or (self.hungry and not re.search("corpse|egg|tin|glob", question))
+                else "n"
+            )
         elif "want to eat?" in question:
             return letters.group(1)[0] if letters and not self.eating else ESC
         elif re.search("want to (fire|throw)", question):
@@ -110,13 +122,20 @@ class ScriptedPlayer:
         """Draws conclusions from the screen, from the messages and from whether the last step got anywhere."""
         if self.place != self.level:
             self.level, self.arrival, self.no_kicks = self.place, self.turn, False
-            self.known, self.searched = np.zeros(CELLS, bool), np.zeros(CELLS)  # cells we stood beside; searches there
+            # cells we stood beside; searches there
+            self.known, self.searched = (np.zeros(CELLS, bool), np.zeros(CELLS))
             self.stairs, self.locked, self.food, self.tasted = (set[int]() for _ in range(4))
-            self.failed: Dict[Tuple[int, int], int] = {}  # (cell, offset) -> how often that step got nowhere
+            # (cell, offset) -> how often that step got nowhere
+            self.failed: Dict[Tuple[int, int], int] = {}
         self.known[self.around()] = True
         self.stairs |= self.cells(">")
-        self.food, self.tasted = self.food | (self.cells("%") - self.tasted), self.tasted | self.cells("%")
-        self.monsters = set((np.flatnonzero(self.kind[TOP:BOTTOM] == MONSTER) + TOP).tolist()) - {self.here}
+        self.food, self.tasted = (
+            self.food | (self.cells("%") - self.tasted),
+            self.tasted | self.cells("%"),
+        )
+        self.monsters = set((np.flatnonzero(self.kind[TOP:BOTTOM] == MONSTER) + TOP).tolist()) - {
+            self.here
+        }
         heard, cell, step = self.heard, self.goal, self.step_taken
         self.goal = self.step_taken = None
         self.no_kicks |= bool(re.search("Closed for inventory|Halt|vandal|[Ww]atch", heard))
@@ -133,7 +152,8 @@ class ScriptedPlayer:
                 self.locked.add(cell)
             elif re.search("Perhaps that's why|statue|in vain|diagonal", heard):
                 self.failed[step[:2]] = 3
-            elif KIND[ord(step[2][0]), step[2][1]] != MONSTER:  # three times, or once if it took no time
+            # three times, or once if it took no time
+            elif KIND[ord(step[2][0]), step[2][1]] != MONSTER:
                 self.failed[step[:2]] = self.failed.get(step[:2], 0) + (3 if self.idle else 1)
 
     def look(self, cell: int) -> Look:
@@ -168,12 +188,17 @@ class ScriptedPlayer:
         return None
 
     def harmless(self, cell: int) -> bool:
-        return self.look(cell) in self.friends or self.turn - self.peaceful.get(self.look(cell), -99) < 50
+        return (
+            self.look(cell) in self.friends
+            or self.turn - self.peaceful.get(self.look(cell), -99) < 50
+        )
 
     def fight(self) -> Optional[str]:
         """Prays when it is due, else attacks the nearest enemy that can be reached: beside us, or by an arrow."""
         low = self.hp < 6 or self.hp * 7 < self.max_hp
-        if self.turn - self.prayed > (1000 if low else 850) and (low or re.search("Weak|Faint", self.states)):
+        if self.turn - self.prayed > (1000 if low else 850) and (
+            low or re.search("Weak|Faint", self.states)
+        ):
             self.prayed = self.turn
             return PRAY
         enemies = []  # the first in each direction
@@ -187,7 +212,8 @@ class ScriptedPlayer:
                         enemies.append((distance, key, self.look(cell)))
                     break
         for distance, key, look in sorted(enemies):
-            if self.archer and look[0] != "@":  # shopkeepers and the watch: the game asks before a blow, not a shot
+            # shopkeepers and the watch: the game asks before a blow, not a shot
+            if self.archer and look[0] != "@":
                 self.queue, self.goal = [key], self.here + STEPS[key] * distance
                 return "f"
             if distance == 1 and look not in PASSIVE:
@@ -230,7 +256,9 @@ class ScriptedPlayer:
                 to = cell + offset
                 if to in self.reach or not TOP <= to < BOTTOM or kind[to] in (WALL, TRAP):
                     continue
-                corner = offset not in STRAIGHT and (DOOR in (kind[to], kind[cell]) or kind[to] == BOULDER)
+                corner = offset not in STRAIGHT and (
+                    DOOR in (kind[to], kind[cell]) or kind[to] == BOULDER
+                )
                 if corner or self.failed.get((cell, offset), 0) > 2:
                     continue
                 free = kind[to] != MONSTER or self.look(to) in self.friends
@@ -241,10 +269,15 @@ class ScriptedPlayer:
 
     def explore(self) -> Optional[str]:
         """Rests when hurt, goes down when strong enough, else to where the map is blank, else searches."""
-        threats = any(not self.harmless(cell) and self.look(cell) not in PASSIVE for cell in self.monsters)
+        threats = any(
+            not self.harmless(cell) and self.look(cell) not in PASSIVE for cell in self.monsters
+        )
         if not threats and self.hp < 0.6 * self.max_hp:
             return self.wait()
-        strong = self.xl >= min(2 * int("0" + re.sub(r"\D", "", self.place)), 8) or self.turn - self.arrival > 400
+        strong = (
+            self.xl >= min(2 * int("0" + re.sub(r"\D", "", self.place)), 8)
+            or self.turn - self.arrival > 400
+        )
         ready = strong and self.hp >= 0.6 * self.max_hp
         if ready and self.here in self.stairs:
             return ">"
@@ -252,9 +285,19 @@ class ScriptedPlayer:
         frontier = np.zeros(CELLS, bool)  # cells beside blank ones that we have not stood beside
         for offset in STEPS.values():
             frontier[82:-82] |= blank[82 + offset : CELLS - 82 + offset]
-        edge = set(np.flatnonzero((frontier & ((self.kind == FLOOR) | (self.kind == DOOR)))[:BOTTOM]).tolist())
-        key = (self.pickup and self.walk(self.cells("$"))) or (ready and self.walk(self.stairs)) or self.walk(edge)
-        return key or (self.wait() if not ready and self.reach.keys() & self.stairs else self.search())
+        edge = set(
+            np.flatnonzero(
+                (frontier & ((self.kind == FLOOR) | (self.kind == DOOR)))[:BOTTOM]
+            ).tolist()
+        )
+        key = (
+            (self.pickup and self.walk(self.cells("$")))
+            or (ready and self.walk(self.stairs))
+            or self.walk(edge)
+        )
+        return key or (
+            self.wait() if not ready and self.reach.keys() & self.stairs else self.search()
+        )
 
     def search(self) -> Optional[str]:
         """Nowhere left to go: searches for hidden doors and passages where there is room for something behind."""
@@ -268,7 +311,10 @@ class ScriptedPlayer:
                 if self.kind[cell + offset] == WALL:
                     beyond = self.text[cell + 2 * offset : cell + 8 * offset : offset]
                     scores[i] += len(beyond) - len(beyond.lstrip())
-            scores[i] += 25 * (sum(self.kind[cell + offset] != WALL for offset in STEPS.values()) == 1)  # a dead end
+            # a dead end
+            scores[i] += 25 * (
+                sum(self.kind[cell + offset] != WALL for offset in STEPS.values()) == 1
+            )
         best = reach[int(scores.argmax())]
         if best != self.here:
             return self.walk({best})

@@ -4,7 +4,8 @@
              rename files, play, or at any time, or that find no room for a checkpoint and must say so in one line;
              resumed, each must end as an undisturbed run does, to the bit
     ranks    the same with two processes, one of which is killed
-    games    games on one, two and three workers must be the same; neither memory nor temporary folders may grow
+    games    the same games over and over in one process must stay the same; neither its memory nor its temporary
+             folders may grow
 
     python scripts/soak.py [--kills N] [--ranks N] [--games N] [--seed S]
 
@@ -12,7 +13,6 @@ A network of 16 units and the games in tests/data/. Exits with 1 and names the t
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -41,10 +41,29 @@ import custom_nethack_pomdp as pomdp
 
 GAMES = ROOT / "tests" / "data" / "nle_data"
 MONK = "mon-hum-neu"
-SETTINGS = dict(data_path=GAMES, character=MONK, batch_size=4, seq_len=8, update_steps=12, log_every=3, rnn_dropout=0.3)
-SETTINGS.update(checkpoint_every=3, eval_every=6, eval_episodes=4, eval_processes=4, eval_workers=1, eval_max_steps=30)
+SETTINGS = dict(
+    data_path=GAMES,
+    character=MONK,
+    batch_size=4,
+    seq_len=8,
+    update_steps=12,
+    log_every=3,
+    rnn_dropout=0.3,
+)
+SETTINGS.update(
+    checkpoint_every=3,
+    eval_every=6,
+    eval_episodes=4,
+    eval_processes=4,
+    eval_max_steps=30,
+)
 SETTINGS.update(eval_heldout_frames=128, resume="true")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "disabled"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "WANDB_MODE": "disabled",
+}
 SECONDS = 300  # no single trial takes as long
 RUN = Path("runs", "custom-nethack-pomdp-v0", f"custom-{MONK}-seed42")
 
@@ -54,7 +73,9 @@ class Failure(Exception):
 
 
 # --- a small run in processes of its own
-def before_call(function: Callable[..., Any], count: int, act: Callable[..., Any]) -> Callable[..., Any]:
+def before_call(
+    function: Callable[..., Any], count: int, act: Callable[..., Any]
+) -> Callable[..., Any]:
     """The function, with `act(*arguments)` before its count-th call."""
     calls: List[int] = []
 
@@ -82,15 +103,17 @@ def fill_the_disk(*_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
-PHASES: Dict[str, Tuple[int, Any, str, Callable[..., Any]]] = {  # -> calls in a run; what is disturbed, and how
+# -> calls in a run; what is disturbed, and how
+PHASES: Dict[str, Tuple[int, Any, str, Callable[..., Any]]] = {
     "building the store": (5, pomdp, "encode_game", die),
     "training": (12, pomdp.Trainer, "update", die),
     "writing a checkpoint": (5, torch, "save", write_a_part_and_die),
     "full disk": (5, torch, "save", fill_the_disk),
     "renaming files": (18, os, "replace", die),
-    "playing": (50, pomdp.GamePool, "tell", die),
+    "playing": (100, pomdp.NetHackGame, "step", die),
 }
-OF_THE_FIRST = ("building the store", "writing a checkpoint", "full disk", "renaming files")  # of two processes
+# of two processes
+OF_THE_FIRST = ("building the store", "writing a checkpoint", "full disk", "renaming files")
 
 
 def run_small(argv: List[str]) -> int:
@@ -106,7 +129,12 @@ def run_small(argv: List[str]) -> int:
 
 
 def run(
-    folder: Path, processes: int, phase: str = "", count: int = 0, victim: int = 0, moment: float = 0.0
+    folder: Path,
+    processes: int,
+    phase: str = "",
+    count: int = 0,
+    victim: int = 0,
+    moment: float = 0.0,
 ) -> Tuple[int, str]:
     """A run of so many processes, the victim disturbed -> its exit status and standard error."""
     folder.mkdir(exist_ok=True)
@@ -114,11 +142,21 @@ def run(
     arguments = [token for name, value in settings.items() for token in (f"--{name}", str(value))]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        torchrun = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]), WORLD_SIZE=str(processes))
+        torchrun = dict(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(probe.getsockname()[1]),
+            WORLD_SIZE=str(processes),
+        )
     started = []
     for rank in range(processes):
         disturbed = (phase, str(count)) if rank == victim else ("", "0")
-        environment = {**ENVIRONMENT, **torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank), "TMPDIR": str(folder)}
+        environment = {
+            **ENVIRONMENT,
+            **torchrun,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "TMPDIR": str(folder),
+        }
         command = [sys.executable, __file__, "--run", *disturbed, *arguments]
         pipes: Dict[str, Any] = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen(command, env=environment, **pipes))
@@ -133,9 +171,6 @@ def run(
         for process in started:  # as torchrun does
             process.kill()
             process.wait()
-    end = time.monotonic() + 20  # workers of a killed run notice it within a moment, and remove their folders
-    while time.monotonic() < end and any(folder.glob("nethack_games_*")):
-        time.sleep(0.05)
     return started[victim].returncode, err
 
 
@@ -144,31 +179,53 @@ def leaves(content: Any, where: str = "") -> Dict[str, Any]:
     """{path: leaf} of nested dicts, lists and tuples; tensors as bytes."""
     if isinstance(content, (dict, list, tuple)):
         items = content.items() if isinstance(content, dict) else enumerate(content)
-        return {path: leaf for key, value in items for path, leaf in leaves(value, f"{where}/{key}").items()}
-    return {where: (content.dtype, content.numpy().tobytes()) if isinstance(content, torch.Tensor) else content}
+        return {
+            path: leaf
+            for key, value in items
+            for path, leaf in leaves(value, f"{where}/{key}").items()
+        }
+    return {
+        where: (content.dtype, content.numpy().tobytes())
+        if isinstance(content, torch.Tensor)
+        else content
+    }
 
 
 def rows_of(folder: Path) -> List[Dict[str, Any]]:
     """A run's logged rows, without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(("times/", "charts/"))} for row in rows]
+    rows = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("times/", "charts/"))}
+        for row in rows
+    ]
 
 
 def outcome(folder: Path) -> Dict[str, Any]:
     """All that a run leaves in its folder, but for times and paths."""
-    found: Dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir()), "rows": rows_of(folder)}
+    found: Dict[str, Any] = {
+        "files": sorted(path.name for path in folder.iterdir()),
+        "rows": rows_of(folder),
+    }
     for path in folder.iterdir():
         if path.suffix == ".pt":
             content = pomdp.read_checkpoint(path)
-            aside = ("config", "wandb_id", "data")  # the games' fingerprint depends on when they were unpacked
-            found.update(leaves({name: value for name, value in content.items() if name not in aside}, path.name))
+            # these name folders, and when the games were unpacked
+            kept = {name: part for name, part in content.items() if name not in ("config", "run")}
+            found.update(leaves(kept, path.name))
         elif path.suffix in (".npy", ".csv"):
             found[path.name] = path.read_bytes()
     return found
 
 
 def differences(one: Dict[str, Any], other: Dict[str, Any]) -> List[str]:
-    return [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
+    return [
+        name
+        for name in {**one, **other}
+        if name not in one or name not in other or one[name] != other[name]
+    ]
 
 
 def try_runs(processes: int, trials: int, seed: int, folder: Path) -> None:
@@ -177,9 +234,16 @@ def try_runs(processes: int, trials: int, seed: int, folder: Path) -> None:
     status, err = run(folder / "undisturbed", processes)
     if status:
         raise Failure(f"the undisturbed run ended with {status}: {err}")
-    expected, duration, rng = outcome(folder / "undisturbed" / RUN), time.monotonic() - begin, random.Random(seed)
+    expected, duration, rng = (
+        outcome(folder / "undisturbed" / RUN),
+        time.monotonic() - begin,
+        random.Random(seed),
+    )
     for number in range(trials):
-        phase, here = [*PHASES, "any moment"][(number + seed) % (len(PHASES) + 1)], folder / f"run{number}"
+        phase, here = (
+            [*PHASES, "any moment"][(number + seed) % (len(PHASES) + 1)],
+            folder / f"run{number}",
+        )
         count = rng.randint(1, PHASES[phase][0]) if phase in PHASES else 0
         moment = 0.0 if count else rng.uniform(0.1, duration)
         victim = 0 if phase in OF_THE_FIRST else rng.randrange(processes)
@@ -195,53 +259,67 @@ def try_runs(processes: int, trials: int, seed: int, folder: Path) -> None:
         if status:
             raise Failure(f"{trial}: resumed, it ended with {status}: {err}")
         different = differences(outcome(here / RUN), expected)
-        if different or any(here.glob("nethack_games_*")):
-            raise Failure(f"{trial}: not as undisturbed: {', '.join(different[:5]) or 'folders left behind'}")
+        if different:
+            raise Failure(f"{trial}: not as undisturbed: {', '.join(different[:5])}")
         print(f"{trial}: resumed, it ended as the undisturbed run", flush=True)
         shutil.rmtree(here)
 
 
 # --- games without end
 class RandomWalk(torch.nn.Module):
-    def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
+    def vec_act(
+        self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu"
+    ) -> Tuple[np.ndarray, Any]:
         return torch.randint(16, (len(obs["prev_actions"]),)).numpy(), None
 
 
-def megabytes(process: Any) -> float:
-    return int(Path(f"/proc/{process.pid}/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
+def megabytes() -> float:
+    """Of memory that this process has in use."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize() / 1e6
 
 
 def try_games(trials: int, seed: int, folder: Path) -> None:
-    games, expected, device = max(4, min(500, trials // 30)), None, torch.device("cpu")
-    for workers in (1, 2, 3):
-        config = pomdp.TrainConfig(eval_processes=4, eval_workers=workers, eval_max_steps=40, eval_seed=seed)
-        with patch.object(tempfile, "tempdir", str(folder)), contextlib.closing(pomdp.GamePool(config)) as pool:
-            memories = []
-            for number in range(max(1, trials // games // 3)):
-                results = pomdp.vec_evaluate(pool, RandomWalk(), MONK, games, seed, device)
-                expected = expected or results
-                if results != expected or len({result[1:] for result in results}) < 2:
-                    raise Failure(f"games on {workers} workers (seed {seed}), round {number + 1}: not those of round 1")
-                memories.append(sum(map(megabytes, pool.processes)))
-                if len(list(folder.glob("*/nle*"))) > config.eval_processes:
-                    raise Failure("temporary folders of games that are over are left")
-        warm = memories[len(memories) // 10]
-        what = f"games on {workers} workers: memory {warm:.0f} MB after a tenth, {memories[-1]:.0f} MB at the end"
-        print(what)
-        if memories[-1] > warm * 1.1 + 10 or list(folder.iterdir()):
-            raise Failure(f"{what}; left: {list(folder.iterdir())}")
+    games = max(4, min(500, trials // 30))
+    config = pomdp.TrainConfig(
+        eval_processes=4, eval_episodes=games, eval_max_steps=40, eval_seed=seed
+    )
+    expected: List[pomdp.GameResult] = []
+    memories = []
+    with patch.object(tempfile, "tempdir", str(folder)):
+        for number in range(max(1, trials // games)):
+            results = pomdp.vec_evaluate(RandomWalk(), MONK, config, torch.device("cpu"))
+            expected = expected or results
+            if results != expected or len({result[1:] for result in results}) < 2:
+                raise Failure(f"games (seed {seed}), round {number + 1}: not those of round 1")
+            if list(folder.iterdir()):
+                raise Failure("temporary folders of games that are over are left")
+            memories.append(megabytes())
+    warm = memories[len(memories) // 10]
+    what = f"games: memory {warm:.0f} MB after a tenth, {memories[-1]:.0f} MB at the end"
+    print(what)
+    if memories[-1] > warm * 1.1 + 10:
+        raise Failure(what)
 
 
-TRIALS: Dict[str, Any] = {"kills": partial(try_runs, 1), "ranks": partial(try_runs, 2), "games": try_games}
+TRIALS: Dict[str, Any] = {
+    "kills": partial(try_runs, 1),
+    "ranks": partial(try_runs, 2),
+    "games": try_games,
+}
 
 
 def main(argv: List[str]) -> int:
     if argv[:1] == ["--run"]:
         return run_small(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in TRIALS:
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="decides the moments and the damage")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="decides the moments and the damage"
+    )
     args = parser.parse_args(argv)
     for name, function in TRIALS.items():
         number, begin = getattr(args, name), time.monotonic()

@@ -42,30 +42,45 @@ def draw_glyphs() -> np.ndarray:
     return np.einsum("ivyx,kc->ivkcyx", both, rgb).round().astype(np.uint8).reshape(-1, 3, 6, 6)
 
 
-def render(table: np.ndarray, chars: np.ndarray, colors: np.ndarray, cursor: np.ndarray) -> np.ndarray:
+def render(
+    table: np.ndarray, chars: np.ndarray, colors: np.ndarray, cursor: np.ndarray
+) -> np.ndarray:
     """[..., 24, 80] twice, [..., 2] (row, column) -> [..., 3, 108, 108] uint8: 18 x 18 cells round the cursor's."""
     numbers = (chars.astype(np.int64) * 32 + (colors & 31)).reshape(-1, 24, 80)
     cells = np.pad(numbers, ((0, 0), (9, 9), (9, 9)))
-    rows, columns = (cursor.reshape(-1, 2, 1).astype(int) + np.arange(18)).swapaxes(0, 1)  # [N, 18] each
+    # [N, 18] each
+    rows, columns = (cursor.reshape(-1, 2, 1).astype(int) + np.arange(18)).swapaxes(0, 1)
     crop = cells[np.arange(len(cells))[:, None, None], rows[:, :, None], columns[:, None, :]]
     return table[crop].transpose(0, 3, 1, 4, 2, 5).reshape(*chars.shape[:-2], *check.SCREEN_SHAPE)
 
 
 def play_row(games: pomdp.Games, order: Iterator[int]) -> Iterator[check.Arrays]:
     """A row's frames, a block of the store at a time: whole games, each the next one in the order."""
-    for store, number in (games.places[game] for game in order):
+    for store, number in (games.in_store[game] for game in order):
         rewards, (at, values) = np.zeros(store.frames[number]), store.rewards(number)
         rewards[at] = np.maximum(values, 0)  # in Katakomba's data a lost score costs nothing
         for begin in range(0, len(rewards), pomdp.BLOCK):
-            block, part = store.block(number, begin // pomdp.BLOCK), rewards[begin : begin + pomdp.BLOCK]
+            block, part = (
+                store.block(number, begin // pomdp.BLOCK),
+                rewards[begin : begin + pomdp.BLOCK],
+            )
             dones = np.arange(begin + 1, begin + 1 + len(part)) == len(rewards)
             actions = block["actions"].astype(np.int64)
-            yield {**{name: block[name] for name in SCREEN}, "actions": actions, "rewards": part, "dones": dones}
+            yield {
+                **{name: block[name] for name in SCREEN},
+                "actions": actions,
+                "rewards": part,
+                "dones": dones,
+            }
 
 
-def game_batches(games: pomdp.Games, config: check.TrainConfig, table: np.ndarray) -> Iterator[check.Arrays]:
+def game_batches(
+    games: pomdp.Games, config: check.TrainConfig, table: np.ndarray
+) -> Iterator[check.Arrays]:
     """As check.made_up_batches, of recorded games: in one random order, over and over, each row taking the next one."""
-    order = itertools.cycle(np.random.default_rng(config.train_seed).permutation(len(games.frames)).tolist())
+    order = itertools.cycle(
+        np.random.default_rng(config.train_seed).permutation(len(games.frames)).tolist()
+    )
     rows = [play_row(games, order) for _ in range(config.batch_size)]
     rests = [next(row) for row in rows]  # what was read and not yet given
 
@@ -73,7 +88,9 @@ def game_batches(games: pomdp.Games, config: check.TrainConfig, table: np.ndarra
         for index, row in enumerate(rows):
             while len(rests[index]["actions"]) < count:
                 more = next(row)
-                rests[index] = {name: np.concatenate([rest, more[name]]) for name, rest in rests[index].items()}
+                rests[index] = {
+                    name: np.concatenate([rest, more[name]]) for name, rest in rests[index].items()
+                }
         data = {name: np.stack([rest[name][:count] for rest in rests]) for name in rests[0]}
         rests[:] = [{name: value[count:] for name, value in rest.items()} for rest in rests]
         return {**data, "screen_image": render(table, *(data[name] for name in SCREEN))}
@@ -96,7 +113,9 @@ class Player:
         return actions, (actions, state)
 
 
-def measure(path: str, options: argparse.Namespace, games: pomdp.Games, table: np.ndarray) -> Dict[str, Any]:
+def measure(
+    path: str, options: argparse.Namespace, games: pomdp.Games, table: np.ndarray
+) -> Dict[str, Any]:
     """Trains the block and lets it play: its row."""
     began, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
     losses: List[float] = []
@@ -110,26 +129,51 @@ def measure(path: str, options: argparse.Namespace, games: pomdp.Games, table: n
     backbone = check.ModelBackbone(check.NUM_ACTIONS, config.rnn_hidden_dim).to(device)
     algo = trial.module.OfflineAlgorithm(backbone=backbone, config=config, device=device)
 
-    def on_step(step: int, batch: Any, before: Any, loss: torch.Tensor, states: Any, info: Any) -> None:
+    def on_step(
+        step: int, batch: Any, before: Any, loss: torch.Tensor, states: Any, info: Any
+    ) -> None:
         losses.append(float(info["loss_per_action"]))
         if step % 50 == 0:
-            print(f"{path}: step {step}, {losses[-1]:.3f} nats, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{path}: step {step}, {losses[-1]:.3f} nats, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
 
-    check.run_training(algo, config, game_batches(games, config, table), options.steps, on_step=on_step)
-    curve, seconds = [float(part.mean()) for part in np.array_split(losses, 10) if len(part)], time.monotonic() - began
-    pool = pomdp.GamePool(pomdp.TrainConfig(eval_processes=check.SLOTS, eval_max_steps=options.eval_max_steps))
-    arguments = (config.character, options.games, config.eval_seed, torch.device(device))
-    results = pomdp.vec_evaluate(pool, Player(algo.model, table), *arguments)
-    pool.close()
+    check.run_training(
+        algo, config, game_batches(games, config, table), options.steps, on_step=on_step
+    )
+    curve, seconds = (
+        [float(part.mean()) for part in np.array_split(losses, 10) if len(part)],
+        time.monotonic() - began,
+    )
+    playing = pomdp.TrainConfig(
+        eval_processes=check.SLOTS,
+        eval_episodes=options.games,
+        eval_max_steps=options.eval_max_steps,
+        eval_seed=config.eval_seed,
+    )
+    player = Player(algo.model, table)
+    results = pomdp.vec_evaluate(player, config.character, playing, torch.device(device))
     row: Dict[str, Any] = {
         "algorithm": Path(path).stem,
         "block_sha256": hashlib.sha256(trial.block.source.encode()).hexdigest(),
     }
     row.update(
-        settings, seed=options.seed, learning_rate=config.learning_rate, steps=options.steps, train_seconds=seconds
+        settings,
+        seed=options.seed,
+        learning_rate=config.learning_rate,
+        steps=options.steps,
+        train_seconds=seconds,
     )
-    row.update(transitions=len(losses) * config.batch_size * config.seq_len, curve=curve, train_loss=curve[-1])
-    played = {f"{name}s": [getattr(game, name) for game in results] for name in ("score", "depth", "length", "end")}
+    row.update(
+        transitions=len(losses) * config.batch_size * config.seq_len,
+        curve=curve,
+        train_loss=curve[-1],
+    )
+    played = {
+        f"{name}s": [getattr(game, name) for game in results]
+        for name in ("score", "depth", "length", "end")
+    }
     described = json.loads(pomdp.describe_run(pomdp.TrainConfig()))
     row["played"] = {**played, "eval_max_steps": options.eval_max_steps}
     return {**row, **{name: described[name] for name in ("commit", "versions", "hardware")}}
@@ -137,7 +181,9 @@ def measure(path: str, options: argparse.Namespace, games: pomdp.Games, table: n
 
 def make_table(rows: List[Dict[str, Any]]) -> str:
     """Rows -> Markdown. The loss is the mean over the last tenth of the updates."""
-    lines = [f"| block | transitions | training loss, nats | games | points [95 %] | {' / '.join(pomdp.ENDS)} |"]
+    lines = [
+        f"| block | transitions | training loss, nats | games | points [95 %] | {' / '.join(pomdp.ENDS)} |"
+    ]
     lines.append("| :--- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         scores, ends = np.array(row["played"]["scores"]), row["played"]["ends"]
@@ -149,13 +195,29 @@ def make_table(rows: List[Dict[str, Any]]) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data_path", required=True, help="folder with recorded games")
     submissions = "ours,scripts/references/bc.py,scripts/references/iql.py"
-    texts = {"submissions": submissions, "character": "mon-hum-neu", "store_path": "runs/stores", "out": "rows.jsonl"}
-    numbers = {"steps": 500, "batch_size": 128, "rnn_hidden_dim": 2048, "games": 50, "eval_max_steps": 10**6, "seed": 1}
+    texts = {
+        "submissions": submissions,
+        "character": "mon-hum-neu",
+        "store_path": "runs/stores",
+        "out": "rows.jsonl",
+    }
+    numbers = {
+        "steps": 500,
+        "batch_size": 128,
+        "rnn_hidden_dim": 2048,
+        "games": 50,
+        "eval_max_steps": 10**6,
+        "seed": 1,
+    }
     for name, default in {**texts, **numbers}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"default: {default}"
+        )
     options = parser.parse_args(argv)
     try:
         if min(vars(options)[name] for name in numbers) < 1:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests on the older stack, which the benchmark's container has: nle 0.9.1 and gym 0.23. Makes .venv-legacy
-# when needed (Python 3.10 or 3.11), for which nle is built from source. Arguments go on to pytest.
+# Runs the tests on the older stack, which the benchmark's container has: Python 3.8, torch 2.0, nle 0.9.0, gym 0.23, numpy 1.23.
+# Makes .venv-legacy when needed, for which nle is built from source; without a Python 3.8 a later one up to 3.11 will do.
+# Arguments go on to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
@@ -17,21 +18,22 @@ need_build_tools() {
     [ -f "$include/Python.h" ] || missing+=" python$(version_of "$1/bin/python")-dev"
     [ -n "$missing" ] || return 0
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "Building nle 0.9.1 needs system packages; installing:$missing" >&2
+        echo "Building nle 0.9.0 needs system packages; installing:$missing" >&2
         apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing ||
-            die "could not install$missing, which building nle 0.9.1 needs"
+            die "could not install$missing, which building nle 0.9.0 needs"
     else
-        die "building nle 0.9.1 needs: sudo apt install$missing"
+        die "building nle 0.9.0 needs: sudo apt install$missing"
     fi
 }
 
 install_legacy() {
     need_build_tools "$1"
-    # gym 0.23 and nle 0.9.1 do not build with a newer setuptools; without isolation they build with this one.
-    pip_install "$1" "setuptools<66" wheel pybind11==2.11.1 cmake==3.27.9 numpy==1.26.4
-    PATH="$PWD/$1/bin:$PATH" NLE_RELEASE_BUILD=1 pip_install "$1" --no-build-isolation nle==0.9.1 gym==0.23.0 numpy==1.26.4
+    # gym 0.23 and nle 0.9.0 do not build with a newer setuptools; without isolation they build with this one.
+    pip_install "$1" setuptools==65.7.0 wheel pybind11==2.11.1 cmake==3.27.9 numpy==1.23.5
+    PATH="$PWD/$1/bin:$PATH" NLE_RELEASE_BUILD=1 pip_install "$1" --no-build-isolation nle==0.9.0 gym==0.23.0 numpy==1.23.5
     pip_install "$1" -r scripts/requirements-legacy.txt
 }
 
-ensure_venv .venv-legacy "3.11 3.10" install_legacy scripts/requirements-legacy.txt scripts/test_legacy.sh
+if [ -z "${PYTHON:-}" ] && [ -n "$(version_of python3.8)" ]; then PYTHON=python3.8; fi
+ensure_venv .venv-legacy "3.8 3.9 3.10 3.11" install_legacy scripts/requirements-legacy.txt scripts/test_legacy.sh
 exec .venv-legacy/bin/python -m pytest -q -m "not pinned_stack" tests "$@"

@@ -50,19 +50,24 @@ def action_name(action: int) -> str:
     found, key = nethack.ACTIONS[action], int(nethack.ACTIONS[action])
     name = f"run {found.name}" if isinstance(found, nethack.CompassDirectionLonger) else found.name
     meta, low = ("M-", key - 128) if key >= 128 else ("", key)
-    shown = {13: "Enter", 27: "ESC", 32: "space"}.get(key) or meta + (chr(low) if low >= 32 else "^" + chr(low + 64))
+    shown = {13: "Enter", 27: "ESC", 32: "space"}.get(key) or meta + (
+        chr(low) if low >= 32 else "^" + chr(low + 64)
+    )
     return f"{name} ({shown})"
 
 
 class Actor:
     """Asks a model for actions just as `vec_evaluate` does: in row `row` of `rows`, with chance seeded by the tick."""
 
-    def __init__(self, model: Any, device: torch.device, seed: int, rows: int = 1, row: int = 0) -> None:
+    def __init__(
+        self, model: Any, device: torch.device, seed: int, rows: int = 1, row: int = 0
+    ) -> None:
         self.model, self.device, self.seed, self.row = model.eval(), device, seed, row
         self.state, self.tick, self.previous = None, 0, np.full(rows, NO_ACTION, dtype=np.int64)
-        self.obs = {name: np.zeros((rows, *shape), kind) for name, (kind, *shape) in pomdp.OBSERVATION_SHAPES.items()}
-        self.probabilities: Optional[np.ndarray] = None  # [A], from which the last action was drawn; None where the
-        self.value: Optional[float] = None  # submission's model has no `head` that gives logits and values
+        self.obs = pomdp.empty_observations(rows)
+        # None where a submission's model has no `head` that gives logits and values
+        self.probabilities: Optional[np.ndarray] = None  # [A], the last action was drawn from them
+        self.value: Optional[float] = None
         head = getattr(model, "head", None)
         if inspect.ismethod(head):
             model.head = lambda *inputs: self._keep(*head(*inputs))
@@ -70,14 +75,19 @@ class Actor:
     def _keep(self, logits: torch.Tensor, value: torch.Tensor) -> Any:
         """Takes what vec_act's own call of the head gives: the recurrent state must not step twice."""
         temperature = getattr(getattr(self.model, "hyper", None), "temperature", 1.0)
-        self.probabilities = torch.softmax(logits[self.row, -1].float() / temperature, dim=0).cpu().numpy()
+        self.probabilities = (
+            torch.softmax(logits[self.row, -1].float() / temperature, dim=0).cpu().numpy()
+        )
         self.value = float(value[self.row, -1])
         return logits, value
 
     def act(self, obs: Dict[str, np.ndarray]) -> int:
         for name, array in self.obs.items():
             array[self.row] = obs[name]
-        inputs = {**{name: array.copy() for name, array in self.obs.items()}, "prev_actions": self.previous.copy()}
+        inputs = {
+            **{name: array.copy() for name, array in self.obs.items()},
+            "prev_actions": self.previous.copy(),
+        }
         torch.manual_seed(pomdp.derived_seed(self.seed, self.tick))
         actions, self.state = self.model.vec_act(inputs, self.state, device=str(self.device))
         self.tick += 1
@@ -106,8 +116,9 @@ Views = Generator[View, None, None]
 def agent_game(actor: Actor, config: pomdp.TrainConfig, number: int, max_steps: int) -> Views:
     """Game `number` of an evaluation of the first character. The slot's games before it are played unseen."""
     slots = config.eval_processes
-    info: Dict[str, Any] = {}
-    with contextlib.closing(pomdp.NetHackGame(config.characters[0], max_steps=config.eval_max_steps)) as game:
+    with contextlib.closing(
+        pomdp.NetHackGame(config.characters[0], max_steps=config.eval_max_steps)
+    ) as game:
         for k in range(number % slots, number + 1, slots):
             obs, done = game.reset(*pomdp.game_seeds(config.eval_seed, k)), False
             actor.previous[actor.row] = NO_ACTION
@@ -116,8 +127,8 @@ def agent_game(actor: Actor, config: pomdp.TrainConfig, number: int, max_steps: 
                 if k == number:
                     screen = (obs["tty_chars"], obs["tty_colors"], obs["tty_cursor"])
                     yield View(*screen, *place, action, actor.probabilities, actor.value)
-                obs, _, done, info = game.step(action)
-        place, note = (game.steps, game.turn, game.score), f"the end: {info['end']}" if done else ""
+                obs, _, done, _ = game.step(action)
+        place, note = (game.steps, game.turn, game.score), f"the end: {game.end}" if done else ""
         yield View(obs["tty_chars"], obs["tty_colors"], obs["tty_cursor"], *place, note=note)
 
 
@@ -134,11 +145,15 @@ def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Views:
     if first == len(frames.chars):
         raise UserError(f"{path} holds no frame of play")
     turn = agreed = compared = 0
-    keys = [int(key) for key in nethack.ACTIONS]  # three keys have two actions each: either does the same
+    # three keys have two actions each: either does the same
+    keys = [int(key) for key in nethack.ACTIONS]
     for t in range(first, min(len(frames.chars), first + max_steps)):
-        screen, played = (frames.chars[t], frames.colors[t], frames.cursor[t]), int(frames.actions[t])
+        screen, played = (
+            (frames.chars[t], frames.colors[t], frames.cursor[t]),
+            int(frames.actions[t]),
+        )
         stats = pomdp.read_blstats(screen[0][None])[0]
-        turn = int(stats[20]) or turn  # hidden by a menu: as before
+        turn = int(stats[nethack.NLE_BL_TIME]) or turn  # hidden by a menu: as before
         said = note if t >= end or t + 1 == len(frames.chars) else ""
         view = View(*screen, t - first, turn, int(frames.scores[min(t, end - 1)]), note=said)
         if t < end:
@@ -147,7 +162,10 @@ def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Views:
             actor.act(dict(zip(pomdp.OBSERVATIONS, (*screen, stats))))
             actor.previous[0] = NO_ACTION if played == UNKNOWN_KEY else played
             if actor.probabilities is not None and played != UNKNOWN_KEY:
-                compared, agreed = compared + 1, agreed + (keys[actor.probabilities.argmax()] == keys[played])
+                compared, agreed = (
+                    compared + 1,
+                    agreed + (keys[actor.probabilities.argmax()] == keys[played]),
+                )
             said = said or f"the agent's likeliest: {agreed} of {compared} keys"
             view = view._replace(probabilities=actor.probabilities, value=actor.value, note=said)
         yield view
@@ -155,7 +173,11 @@ def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Views:
 
 # --- drawing
 def panel(view: View, title: str) -> List[str]:
-    lines = [*textwrap.wrap(title, PANEL), f"step  {view.step:<11,}turn  {view.turn:,}", f"score {view.score:<11,}"]
+    lines = [
+        *textwrap.wrap(title, PANEL),
+        f"step  {view.step:<11,}turn  {view.turn:,}",
+        f"score {view.score:<11,}",
+    ]
     if view.value is not None:
         lines[-1] += f"value {view.value:+.3f}"
     if view.action is not None:
@@ -164,7 +186,9 @@ def panel(view: View, title: str) -> List[str]:
     if view.probabilities is not None:
         for action in np.argsort(-view.probabilities, kind="stable")[:TOP].tolist():
             share, mark = float(view.probabilities[action]), ">" if action == view.action else " "
-            lines.append(f"{mark} {action_name(action):<18.18} {share:6.1%} {'#' * round(8 * share)}".rstrip())
+            lines.append(
+                f"{mark} {action_name(action):<18.18} {share:6.1%} {'#' * round(8 * share)}".rstrip()
+            )
     return lines
 
 
@@ -180,7 +204,10 @@ def game_lines(view: View, coloured: bool) -> List[str]:
         styles.append(f"\x1b[0;{'7;' * (color >> 4)}{30 + shown if shown < 8 else 82 + shown}m")
     for row, colors in enumerate(view.colors.tolist()):
         runs = [list(run) for _, run in itertools.groupby(range(COLS), key=colors.__getitem__)]
-        lines[row] = "".join(styles[colors[run[0]] & 31] + lines[row][run[0] : run[-1] + 1] for run in runs) + "\x1b[0m"
+        lines[row] = (
+            "".join(styles[colors[run[0]] & 31] + lines[row][run[0] : run[-1] + 1] for run in runs)
+            + "\x1b[0m"
+        )
     return lines
 
 
@@ -189,7 +216,10 @@ def draw(view: View, title: str, footer: str) -> str:
     columns, rows = shutil.get_terminal_size()
     lines, beside = game_lines(view, coloured=True), [*panel(view, title), "", footer]
     if columns >= COLS + 2 + PANEL:
-        lines = [f"{line}| {text}" for line, text in itertools.zip_longest(lines, beside[:ROWS], fillvalue="")]
+        lines = [
+            f"{line}| {text}"
+            for line, text in itertools.zip_longest(lines, beside[:ROWS], fillvalue="")
+        ]
     else:
         lines += ["-" * COLS, *beside]
     row, column = view.cursor.tolist()
@@ -205,7 +235,8 @@ def read_keys(seconds: float) -> str:
     """Keys pressed within so many seconds; returns at the first."""
     if not select.select([sys.stdin], [], [], seconds)[0]:
         return ""
-    typed = os.read(sys.stdin.fileno(), 64).decode("ascii", "replace") or "q"  # the terminal is gone
+    # the terminal is gone
+    typed = os.read(sys.stdin.fileno(), 64).decode("ascii", "replace") or "q"
     for sequence, key in ARROWS.items():
         typed = typed.replace(sequence, key)
     return typed
@@ -254,22 +285,45 @@ def print_frames(views: Views, title: str, start: int, every: int) -> View:
     view = None
     for number, view in enumerate(views):
         if number >= start and (number - start) % every == 0:
-            print("\n".join([*game_lines(view, coloured=False), *panel(view, title), "-" * COLS]), flush=True)
+            print(
+                "\n".join([*game_lines(view, coloured=False), *panel(view, title), "-" * COLS]),
+                flush=True,
+            )
     assert view is not None
     return view
 
 
 # --- the command line
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--checkpoint", help="best.pt, last.pt or <step>.pt of a run")
     add("--game", help="a recorded game, ttyrec3.bz2")
-    add("--character", help="whom the agent plays (default: the first that the checkpoint was trained on)")
-    add("--seed", type=int, dest="eval_seed", help="of the evaluation whose game is played (default: the checkpoint's)")
-    add("--number", type=int, default=0, help="number of the game in that evaluation (default: %(default)s)")
+    add(
+        "--character",
+        help="whom the agent plays (default: the first that the checkpoint was trained on)",
+    )
+    add(
+        "--seed",
+        type=int,
+        dest="eval_seed",
+        help="of the evaluation whose game is played (default: the checkpoint's)",
+    )
+    add(
+        "--number",
+        type=int,
+        default=0,
+        help="number of the game in that evaluation (default: %(default)s)",
+    )
     add("--start", type=int, default=0, help="step to begin with (default: %(default)s)")
-    add("--max_steps", type=int, default=1_000_000, help="stop after so many steps (default: at the game's end)")
+    add(
+        "--max_steps",
+        type=int,
+        default=1_000_000,
+        help="stop after so many steps (default: at the game's end)",
+    )
     add("--speed", type=float, default=10.0, help="steps a second (default: %(default)s)")
     add("--every", type=int, default=1, help="print every so many frames (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -278,7 +332,13 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, least in (("number", 0), ("start", 0), ("max_steps", 1), ("every", 1), ("speed", 0.1)):
+    for name, least in (
+        ("number", 0),
+        ("start", 0),
+        ("max_steps", 1),
+        ("every", 1),
+        ("speed", 0.1),
+    ):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     if not args.checkpoint and not args.game:
@@ -287,10 +347,16 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"there is no recorded game {args.game}")
     actor, title = None, "/".join(Path(str(args.game)).parts[-2:])
     if args.checkpoint:
-        given = {name: getattr(args, name) for name in ("device", "eval_seed", "character", "submission")}
+        given = {
+            name: getattr(args, name) for name in ("device", "eval_seed", "character", "submission")
+        }
         given = {name: value for name, value in given.items() if value is not None}
         algorithm, config, _ = pomdp.load_agent(args.checkpoint, **given)
-        slots = (1, 0) if args.game else (-(-config.eval_processes // 8) * 8, args.number % config.eval_processes)
+        slots = (
+            (1, 0)
+            if args.game
+            else (-(-config.eval_processes // 8) * 8, args.number % config.eval_processes)
+        )
         actor = Actor(algorithm.model, pomdp.choose_device(config), config.eval_seed, *slots)
     if args.game:
         views = recorded_game(args.game, actor, args.max_steps)
@@ -303,7 +369,9 @@ def run(args: argparse.Namespace) -> None:
             last = play(views, title, args.start, args.speed)
         else:
             last = print_frames(views, title, args.start, args.every)
-    print(f"{title}: step {last.step:,}, turn {last.turn:,}, score {last.score:,}; {last.note or 'not at its end'}")
+    print(
+        f"{title}: step {last.step:,}, turn {last.turn:,}, score {last.score:,}; {last.note or 'not at its end'}"
+    )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -320,6 +388,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # through `finally`: the terminal is restored, NLE's folder goes
+    # through `finally`: the terminal is restored, NLE's folder goes
+    for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 # Worker processes and subprocesses of the tests find the code the same way, from whatever folder they start in.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-os.environ.setdefault("WANDB_MODE", "disabled")  # no test may wait for a server; a test of logging sets its own mode
+os.environ.setdefault(
+    "WANDB_MODE", "disabled"
+)  # no test may wait for a server; a test of logging sets its own mode
 
 import pytest
 import torch
@@ -49,7 +51,8 @@ def stores_path(tmp_path_factory):
 def stores(stores_path):
     """{character: chunk store of its games in tests/data}."""
     return {
-        character: pomdp.open_or_build_store(str(RECORDED), str(stores_path), character) for character in CHARACTERS
+        character: pomdp.open_or_build_store(str(RECORDED), str(stores_path), character)
+        for character in CHARACTERS
     }
 
 

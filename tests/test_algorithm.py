@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def small_algorithm(seed=0, algorithm=(), **settings):
     torch.manual_seed(seed)
     algorithm = {"head_dim": 24, **dict(algorithm)}
-    return pomdp.make_algorithm(pomdp.TrainConfig(rnn_hidden_dim=HIDDEN, algorithm=algorithm, **settings), CPU)
+    return pomdp.make_algorithm(
+        pomdp.TrainConfig(rnn_hidden_dim=HIDDEN, algorithm=algorithm, **settings), CPU
+    )
 
 
 def small_backbone(**settings):
@@ -34,9 +36,15 @@ def random_observations(rows, steps, seed=0):
     blstats = rng.integers(0, 100, size=(rows, steps, pomdp.NUM_BLSTATS))
     blstats[rng.random((rows, steps)) < 0.2] = 0  # hidden status lines
     return {
-        "tty_chars": torch.as_tensor(rng.integers(0, 256, size=(rows, steps, 24, 80)), dtype=torch.uint8),
-        "tty_colors": torch.as_tensor(rng.integers(0, 32, size=(rows, steps, 24, 80)), dtype=torch.int8),
-        "tty_cursor": torch.as_tensor(rng.integers(0, (24, 80), size=(rows, steps, 2)), dtype=torch.uint8),
+        "tty_chars": torch.as_tensor(
+            rng.integers(0, 256, size=(rows, steps, 24, 80)), dtype=torch.uint8
+        ),
+        "tty_colors": torch.as_tensor(
+            rng.integers(0, 32, size=(rows, steps, 24, 80)), dtype=torch.int8
+        ),
+        "tty_cursor": torch.as_tensor(
+            rng.integers(0, (24, 80), size=(rows, steps, 2)), dtype=torch.uint8
+        ),
         "blstats": torch.as_tensor(blstats, dtype=torch.int32),
     }
 
@@ -49,7 +57,9 @@ def random_batch(rows=ROWS, steps=6, seed=0, starts=None, done_share=0.0):
     batch["rewards"] = torch.as_tensor(rng.normal(size=(rows, steps + 1)), dtype=torch.float32)
     batch["dones"] = torch.as_tensor(rng.random((rows, steps + 1)) < done_share)
     if starts is not None:
-        batch.update(starts=torch.as_tensor(starts), mask=torch.ones(rows, steps + 1, dtype=torch.bool))
+        batch.update(
+            starts=torch.as_tensor(starts), mask=torch.ones(rows, steps + 1, dtype=torch.bool)
+        )
     return batch
 
 
@@ -60,7 +70,9 @@ def step(algorithm, batch, states=None):
 def one_run(batch):
     """The backbone's inputs for a batch whose rows begin games, and where games begin [B, T + 1]."""
     resets = torch.cat([torch.ones(ROWS, 1, dtype=torch.bool), batch["dones"][:, :-1]], dim=1)
-    previous = torch.cat([NO_PREVIOUS, batch["actions"][:, :-1]], dim=1).masked_fill(resets, pomdp.NO_ACTION)
+    previous = torch.cat([NO_PREVIOUS, batch["actions"][:, :-1]], dim=1).masked_fill(
+        resets, pomdp.NO_ACTION
+    )
     return {**{name: batch[name] for name in pomdp.OBSERVATIONS}, "prev_actions": previous}, resets
 
 
@@ -69,8 +81,12 @@ def single_steps(backbone, inputs, resets):
     """Frame by frame, as in acting, clearing the rows of `resets` [B, T] before their frame -> outputs, states."""
     outputs, states = [], [None]
     for t in range(resets.shape[1]):
-        state = states[-1] and tuple(part * (~resets[:, t]).float()[None, :, None] for part in states[-1])
-        output, state = backbone({name: value[:, t : t + 1] for name, value in inputs.items()}, state)
+        state = states[-1] and tuple(
+            part * (~resets[:, t]).float()[None, :, None] for part in states[-1]
+        )
+        output, state = backbone(
+            {name: value[:, t : t + 1] for name, value in inputs.items()}, state
+        )
         outputs.append(output)
         states.append(state)
     return torch.cat(outputs, dim=1), states
@@ -85,7 +101,10 @@ def core_outputs(algorithm):
 
 # --- backbone
 def test_crop_shows_the_cells_round_the_cursor():
-    encoder, cells = pomdp.ScreenEncoder(), torch.arange(1, 24 * 80 + 1).view(1, 24, 80).repeat(3, 1, 1)
+    encoder, cells = (
+        pomdp.ScreenEncoder(),
+        torch.arange(1, 24 * 80 + 1).view(1, 24, 80).repeat(3, 1, 1),
+    )
     cursor, half = torch.tensor([[0, 0], [11, 40], [23, 79]]), encoder.CROP // 2
     for crop, (row, column) in zip(encoder.crop_cells(cells, cursor), cursor.tolist()):
         for i, j in np.ndindex(encoder.CROP, encoder.CROP):
@@ -95,8 +114,13 @@ def test_crop_shows_the_cells_round_the_cursor():
 
 @pytest.mark.parametrize("copies", [64, 7])
 def test_looking_up_in_copies_of_the_table_gives_what_one_table_gives(copies):
-    cells = torch.randint(0, 50, (3, 24, 80), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    tables = [torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    cells = torch.randint(
+        0, 50, (3, 24, 80), generator=torch.Generator().manual_seed(0), dtype=torch.int32
+    )
+    tables = [
+        torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        for _ in range(2)
+    ]
     found = [pomdp.look_up(cells, table, number) for table, number in zip(tables, (1, copies))]
     assert found[1].shape == (3, 4, 24, 80) and torch.equal(*found)
     for each in found:
@@ -106,11 +130,18 @@ def test_looking_up_in_copies_of_the_table_gives_what_one_table_gives(copies):
 
 def test_every_input_reaches_the_backbones_output():
     backbone, status = small_backbone().eval(), []
-    backbone.blstats_encoder.register_forward_pre_hook(lambda _, arguments: status.append(arguments[0]))
+    backbone.blstats_encoder.register_forward_pre_hook(
+        lambda _, arguments: status.append(arguments[0])
+    )
     inputs = {**random_observations(1, 1), "prev_actions": torch.tensor([[5]])}
     inputs["blstats"][:] = 10
     inputs["tty_cursor"][0, 0] = torch.tensor([6, 20])
-    changes = {"tty_chars": (0, 0, 3, 60), "tty_cursor": (0, 0, 1), "blstats": (0, 0, 10), "prev_actions": (0, 0)}
+    changes = {
+        "tty_chars": (0, 0, 3, 60),
+        "tty_cursor": (0, 0, 1),
+        "blstats": (0, 0, 10),
+        "prev_actions": (0, 0),
+    }
     without = small_backbone(use_prev_action=False).eval()
     with torch.no_grad():
         base, _ = backbone(inputs)
@@ -118,7 +149,9 @@ def test_every_input_reaches_the_backbones_output():
             changed = {key: tensor.clone() for key, tensor in inputs.items()}
             changed[name][place] += 1
             assert not torch.equal(backbone(changed)[0], base), name
-        assert torch.equal(without(changed)[0], without(inputs)[0])  # the previous action is the last one changed
+        assert torch.equal(
+            without(changed)[0], without(inputs)[0]
+        )  # the previous action is the last one changed
     assert status[0][0, -2:].tolist() == [0.25, 0.25]  # where the cursor is
     assert torch.equal(status[0][:, :-2], pomdp.blstats_features(inputs["blstats"][0]))
 
@@ -143,27 +176,52 @@ def test_the_screen_encoder_tells_all_colours_apart_and_reads_the_message_row():
 def test_status_features_against_a_vector_made_by_hand():
     stats = torch.zeros(1, pomdp.NUM_BLSTATS, dtype=torch.int32)
     stats[0, 2:9] = torch.tensor([18, 68, 17, 16, 15, 14, 13])  # strength twice, Dx Co In Wi Ch
-    stats[0, 10:21] = torch.tensor([14, 20, 7, 99, 4, 8, -3, 5, 6, 400, 5000])  # HP, depth, gold, Pw, AC, HD, Xp, turn
+    stats[0, 10:21] = torch.tensor(
+        [14, 20, 7, 99, 4, 8, -3, 5, 6, 400, 5000]
+    )  # HP, depth, gold, Pw, AC, HD, Xp, turn
     stats[0, 21], stats[0, 22], stats[0, 25], stats[0, 26] = 3, 2, 0b1000000100001, -1
     log = math.log1p
     expected = [18 / 25, 17 / 25, 16 / 25, 15 / 25, 14 / 25, 13 / 25, 68 / 125]
-    expected += [log(14) / 5, log(20) / 5, 14 / 20, log(4) / 5, 4 / 8, 7 / 10, log(99) / 8, -3 / 10, 5 / 20, 6 / 20]
+    expected += [
+        log(14) / 5,
+        log(20) / 5,
+        14 / 20,
+        log(4) / 5,
+        4 / 8,
+        7 / 10,
+        log(99) / 8,
+        -3 / 10,
+        5 / 20,
+        6 / 20,
+    ]
     expected += [log(400) / 10, log(5000) / 10, -1]
     expected += [0, 0, 0, 1, 0, 0, 0] + [0, 0, 1, 0, 0, 0]  # Weak, Stressed
     expected += [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1] + [0]  # Stone, Blind, Ride; not hidden
-    torch.testing.assert_close(pomdp.blstats_features(stats), torch.tensor([expected]), rtol=1e-6, atol=0)
-    for place, values, first in ((21, range(7), 20), (22, range(6), 27), (25, [1 << bit for bit in range(13)], 33)):
+    torch.testing.assert_close(
+        pomdp.blstats_features(stats), torch.tensor([expected]), rtol=1e-6, atol=0
+    )
+    for place, values, first in (
+        (21, range(7), 20),
+        (22, range(6), 27),
+        (25, [1 << bit for bit in range(13)], 33),
+    ):
         several = stats.repeat(len(values), 1)
         several[:, place] = torch.tensor(values)
         found = pomdp.blstats_features(several)[:, first : first + len(values)]
         assert torch.equal(found, torch.eye(len(values))), place
-    extreme = torch.tensor([0, 2**31 - 1, -(2**31)], dtype=torch.int32)[:, None].repeat(1, pomdp.NUM_BLSTATS)
+    extreme = torch.tensor([0, 2**31 - 1, -(2**31)], dtype=torch.int32)[:, None].repeat(
+        1, pomdp.NUM_BLSTATS
+    )
     features = pomdp.blstats_features(extreme)
-    assert features[0].tolist() == [0.0] * 46 + [1.0] and torch.isfinite(features).all()  # hidden lines are flagged
+    assert (
+        features[0].tolist() == [0.0] * 46 + [1.0] and torch.isfinite(features).all()
+    )  # hidden lines are flagged
 
 
 # --- the block's functions
-@given(st.integers(1, 5), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
+@given(
+    st.integers(1, 5), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6)
+)
 def test_lambda_returns_equal_a_plain_loop(rows, steps, gamma, lam, seed):
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(size=(rows, steps)), rng.normal(size=(rows, steps + 1))
@@ -173,7 +231,11 @@ def test_lambda_returns_equal_a_plain_loop(rows, steps, gamma, lam, seed):
         for t in reversed(range(steps)):
             following = 0 if dones[row, t] else (1 - lam) * values[row, t + 1] + lam * after
             expected[row, t] = after = rewards[row, t] + gamma * following
-    tensors = torch.tensor(rewards), torch.tensor(dones).double(), torch.tensor(values, requires_grad=True)
+    tensors = (
+        torch.tensor(rewards),
+        torch.tensor(dones).double(),
+        torch.tensor(values, requires_grad=True),
+    )
     result = lambda_returns(*tensors, gamma, lam)
     assert not result.requires_grad
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-9, atol=1e-9)
@@ -184,7 +246,9 @@ def test_weights_are_finite_at_extreme_advantages_and_have_mean_one(advantages, 
     advantages = torch.tensor([advantages], dtype=torch.float32)
     mask = torch.ones_like(advantages)
     mask[0, 0] = 0
-    weights, clipped = advantage_weights(advantages, mask, torch.tensor(scale), AWRConfig(beta=1.0, max_weight=20.0))
+    weights, clipped = advantage_weights(
+        advantages, mask, torch.tensor(scale), AWRConfig(beta=1.0, max_weight=20.0)
+    )
     assert torch.isfinite(weights).all() and weights[0, 0] == 0 and 0 <= clipped <= 1
     # all counting weights may vanish (each advantage hugely negative); otherwise they average to 1
     exponents = (advantages / max(scale, 1e-6)).clamp(max=math.log(20.0))[0, 1:]
@@ -193,8 +257,13 @@ def test_weights_are_finite_at_extreme_advantages_and_have_mean_one(advantages, 
 
 
 def test_weights_grow_with_the_advantage_up_to_the_clip_and_those_at_it_are_counted():
-    advantages, mask = torch.tensor([[-1.0, 0.0, 1.0, 50.0, 60.0, 70.0]]), torch.tensor([[1.0, 1, 1, 1, 1, 0]])
-    weights, clipped = advantage_weights(advantages, mask, torch.tensor(2.0), AWRConfig(beta=0.5, max_weight=20.0))
+    advantages, mask = (
+        torch.tensor([[-1.0, 0.0, 1.0, 50.0, 60.0, 70.0]]),
+        torch.tensor([[1.0, 1, 1, 1, 1, 0]]),
+    )
+    weights, clipped = advantage_weights(
+        advantages, mask, torch.tensor(2.0), AWRConfig(beta=0.5, max_weight=20.0)
+    )
     ratios = (weights / weights[0, 1])[0].tolist()
     assert ratios == pytest.approx([1 / math.e, 1, math.e, 20, 20, 0], rel=1e-5)
     assert clipped.item() == pytest.approx(2 / 5)
@@ -203,7 +272,11 @@ def test_weights_grow_with_the_advantage_up_to_the_clip_and_those_at_it_are_coun
 def named_by(line):
     """The same as named_keys in plain Python, for one message line: the actions whose keys it names."""
     found = re.search(rb"\[(.*?)(?: or|\]|$)", line)
-    text = re.sub(rb"(\w)-(\w)", lambda span: bytes(range(span[1][0], span[2][0] + 1)), found[1] if found else b"")
+    text = re.sub(
+        rb"(\w)-(\w)",
+        lambda span: bytes(range(span[1][0], span[2][0] + 1)),
+        found[1] if found else b"",
+    )
     return [int(key) in text for key in pomdp.nethack.ACTIONS]
 
 
@@ -219,8 +292,12 @@ LINES = [
 
 
 def test_keys_that_a_question_names(games):
-    loader = pomdp.ChunkLoader(games, range(len(games.frames)), pomdp.TrainConfig(seq_len=200), 16, 1.0)
-    recorded = torch.cat([loader.batch_at(number)["tty_chars"][:, :-1].flatten(0, 1) for number in range(8)])
+    loader = pomdp.ChunkLoader(
+        games, range(len(games.frames)), pomdp.TrainConfig(seq_len=200), 16, 1.0
+    )
+    recorded = torch.cat(
+        [loader.batch_at(number)[0]["tty_chars"][:, :-1].flatten(0, 1) for number in range(8)]
+    )
     screens = torch.full((len(LINES), 24, 80), ord(" "), dtype=torch.uint8)
     for screen, line in zip(screens, LINES):
         screen[0, : len(line)] = torch.tensor(list(line.encode()))
@@ -230,7 +307,9 @@ def test_keys_that_a_question_names(games):
         found = pomdp.named_keys(part[:, None], keys)[:, 0]
         expected = torch.tensor([named_by(bytes(line.tolist())) for line in part[:, 0]]).float()
         assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= least
-        assert torch.equal(found, pomdp.named_keys(part.float(), keys))  # as the benchmark gives them
+        assert torch.equal(
+            found, pomdp.named_keys(part.float(), keys)
+        )  # as the benchmark gives them
 
 
 def test_named_keys_are_answered_as_the_model_has_learned(games):
@@ -247,9 +326,13 @@ def test_named_keys_are_answered_as_the_model_has_learned(games):
         loss, _, _ = algorithm.train_step(batch, NO_PREVIOUS[:1].expand(64, 1), {})
         loss.backward()
         optimizer.step()
-    batch["tty_chars"][:, :, 0, 21] = letters.roll(1, 0).byte()  # letters that this row has not seen
+    batch["tty_chars"][:, :, 0, 21] = letters.roll(
+        1, 0
+    ).byte()  # letters that this row has not seen
     obs = {name: batch[name][:, 0].numpy() for name in pomdp.OBSERVATIONS}
-    actions, _ = algorithm.model.eval().vec_act({**obs, "prev_actions": np.full(64, pomdp.NO_ACTION)})
+    actions, _ = algorithm.model.eval().vec_act(
+        {**obs, "prev_actions": np.full(64, pomdp.NO_ACTION)}
+    )
     assert (actions == pomdp.KEY_TO_ACTION[letters.roll(1, 0)[:, 0]]).mean() > 0.9
 
 
@@ -268,7 +351,9 @@ def test_chunks_with_carried_state_equal_one_long_run():
             with torch.no_grad():
                 _, states, _ = algorithm.train_step(batch, previous, states)
             previous = batch["actions"][:, steps - 1 : steps]
-            torch.testing.assert_close(seen[-1], expected[:, begin : begin + steps + 1], rtol=0, atol=5e-6)
+            torch.testing.assert_close(
+                seen[-1], expected[:, begin : begin + steps + 1], rtol=0, atol=5e-6
+            )
         kept = [*states.get("tail", {"": torch.zeros(ROWS, 0)}).values()]
         assert {part.shape[1] for part in kept} == {burn_in}  # not a frame more or less
         rows = ~one_run(long)[1][:, total - burn_in]  # where no game begins just there
@@ -282,10 +367,14 @@ def test_burn_in_gets_no_gradient_and_no_loss():
     assert not any(part.requires_grad for part in (*states["core"], *states["tail"].values()))
     second, calls = random_batch(seed=1, starts=[False] * ROWS), []
     algorithm.model.backbone.register_forward_pre_hook(
-        lambda _, arguments: calls.append((arguments[0]["tty_chars"].shape[1], torch.is_grad_enabled()))
+        lambda _, arguments: calls.append(
+            (arguments[0]["tty_chars"].shape[1], torch.is_grad_enabled())
+        )
     )
     loss, _, info = step(algorithm, second, states)
-    assert calls[0] == (3, False) and all(enabled for _, enabled in calls[1:])  # the tail first, without gradient
+    assert calls[0] == (3, False) and all(
+        enabled for _, enabled in calls[1:]
+    )  # the tail first, without gradient
     assert sum(length for length, _ in calls[1:]) == 7 and info["counting_frames"] == 1.0
     shifted = {name: part.roll(1, dims=0) for name, part in states["tail"].items()}
     assert step(algorithm, second, {**states, "tail": shifted})[0].item() != loss.item()
@@ -295,41 +384,99 @@ def test_the_state_kept_for_the_next_chunk_does_not_hold_the_batch():
     """Only what the backbone reads, in memory of its own: a slice would keep the whole batch (300 MB) alive."""
     batch = {**random_batch(starts=[True] * ROWS), "unused": torch.zeros(ROWS, 7, 1000)}
     tail = step(small_algorithm(algorithm={"burn_in": 2}), batch)[1]["tail"]
-    assert set(tail) == {*pomdp.OBSERVATIONS, "prev_actions", "resets"}
+    assert set(tail) == {*pomdp.OBSERVATIONS, "prev_actions", "begins"}
     assert all(torch.equal(tail[name], batch[name][:, 4:6]) for name in pomdp.OBSERVATIONS)
-    assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in tail.values())
+    assert all(
+        part.untyped_storage().nbytes() == part.numel() * part.element_size()
+        for part in tail.values()
+    )
 
 
 def test_a_row_that_starts_anew_forgets_what_was_before():
     algorithm, starts = small_algorithm(algorithm={"burn_in": 3}), [False, True, False, True]
-    pasts, seen = [step(algorithm, random_batch(seed=seed))[1] for seed in (0, 7)], core_outputs(algorithm)
+    pasts, seen = (
+        [step(algorithm, random_batch(seed=seed))[1] for seed in (0, 7)],
+        core_outputs(algorithm),
+    )
     for states in pasts:
         step(algorithm, random_batch(seed=1, starts=starts), states)
     assert [torch.equal(one, other) for one, other in zip(*seen)] == starts
 
 
+# --- the algorithm: what enters it
+WRONG_SHAPES = {
+    "rewards": torch.zeros(ROWS, 6),  # without the frame after the chunk
+    "dones": torch.zeros(ROWS, 7, 1, dtype=torch.bool),
+    "mask": torch.ones(ROWS + 1, 7, dtype=torch.bool),
+    "starts": torch.ones(ROWS + 1, dtype=torch.bool),
+    "tty_chars": torch.zeros(ROWS, 6, 24, 80, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_a_batch_of_other_shapes_is_refused_by_name(name):
+    """Broadcasting would learn from it in silence."""
+    batch = {**random_batch(starts=[True] * ROWS), name: WRONG_SHAPES[name]}
+    pattern = rf"{name}'\] has the shape .*, but \({ROWS},.* was expected"
+    with pytest.raises(ValueError, match=pattern):
+        step(small_algorithm(), batch)
+
+
+def test_previous_actions_and_heads_of_other_shapes_are_refused_by_name():
+    algorithm, batch = small_algorithm(), random_batch()
+    with pytest.raises(ValueError, match=rf"prev_actions has the shape \({ROWS},\)"):
+        algorithm.train_step(batch, NO_PREVIOUS[:ROWS, 0], {})
+    algorithm.model.value = torch.nn.Linear(24, 2)
+    with pytest.raises(ValueError, match=rf"head's values has the shape \({ROWS}, 7, 2\)"):
+        step(algorithm, batch)
+
+
 # --- the algorithm: loss
 def test_loss_is_that_of_the_formulas():
-    algorithm, batch = small_algorithm(algorithm={"burn_in": 0, "value_coef": 0.3}), random_batch(done_share=0.2)
+    algorithm, batch = (
+        small_algorithm(algorithm={"burn_in": 0, "value_coef": 0.3}),
+        random_batch(done_share=0.2),
+    )
     core, _ = single_steps(algorithm.model.backbone.eval(), *one_run(batch))
     with torch.no_grad():
         logits, values = algorithm.model.head(core, batch["tty_chars"])
-    targets = lambda_returns(batch["rewards"][:, :-1], batch["dones"][:, :-1].float(), values, 0.999, AWRConfig.lam)
+    targets = lambda_returns(
+        batch["rewards"][:, :-1], batch["dones"][:, :-1].float(), values, 0.999, AWRConfig.lam
+    )
     advantages = targets - values[:, :-1]
     scale = math.sqrt((advantages**2).mean().item())  # the first batch's own; later a running mean
-    weights = torch.exp((advantages / (AWRConfig.beta * scale)).clamp(max=math.log(AWRConfig.max_weight)))
+    weights = torch.exp(
+        (advantages / (AWRConfig.beta * scale)).clamp(max=math.log(AWRConfig.max_weight))
+    )
     weights = weights / weights.mean()
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["actions"][:, :-1], reduction="none")
-    errors = torch.where(advantages.abs() < 1, advantages**2, 2 * advantages.abs() - 1)  # linear beyond 1
+    losses = F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch["actions"][:, :-1], reduction="none"
+    )
+    errors = torch.where(
+        advantages.abs() < 1, advantages**2, 2 * advantages.abs() - 1
+    )  # linear beyond 1
     assert 0.2 < (advantages.abs() < 1).float().mean() < 0.8
     expected = (weights * losses).mean() + 0.3 * errors.mean()
-    loss, _, info = step(algorithm, batch)
-    torch.testing.assert_close(algorithm.values, values[:, :-1], rtol=0, atol=5e-6)
-    assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values())
-    info, size = {name: value.item() for name, value in info.items()}, weights.sum() ** 2 / (weights**2).sum()
-    wanted = {"loss": expected, "loss_per_action": losses.mean(), "effective_sample_size": size / weights.numel()}
-    wanted.update(advantage_scale=torch.tensor(scale), weight_max=weights.max(), value_loss=errors.mean())
-    assert {name: info[name] for name in wanted} == pytest.approx({n: x.item() for n, x in wanted.items()}, rel=1e-4)
+    loss, states, info = step(algorithm, batch)
+    torch.testing.assert_close(states["values"], values[:, :-1], rtol=0, atol=5e-6)
+    assert all(
+        isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values()
+    )
+    info, size = (
+        {name: value.item() for name, value in info.items()},
+        weights.sum() ** 2 / (weights**2).sum(),
+    )
+    wanted = {
+        "loss": expected,
+        "loss_per_action": losses.mean(),
+        "effective_sample_size": size / weights.numel(),
+    }
+    wanted.update(
+        advantage_scale=torch.tensor(scale), weight_max=weights.max(), value_loss=errors.mean()
+    )
+    assert {name: info[name] for name in wanted} == pytest.approx(
+        {n: x.item() for n, x in wanted.items()}, rel=1e-4
+    )
     assert loss.item() == info["loss"]
 
 
@@ -358,7 +505,9 @@ def test_padding_and_masked_frames_carry_no_loss_and_no_gradient():
 def test_one_batch_can_be_overfitted():
     algorithm = small_algorithm(algorithm={"head_dim": 64})
     batch = random_batch(rows=1, steps=4, starts=[True])
-    batch["dones"][:, -2] = True  # or the value of the frame after the chunk, which has no target, would run away
+    batch["dones"][:, -2] = (
+        True  # or the value of the frame after the chunk, which has no target, would run away
+    )
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-3)
     for _ in range(500):
         loss, _, info = step(algorithm, batch)
@@ -382,7 +531,9 @@ def test_advantage_scale_is_a_running_mean_square_that_is_saved_and_that_held_ou
         assert before["advantage_square"].item() == pytest.approx(expected, rel=1e-5)
         with torch.no_grad():
             assert not step(algorithm, random_batch(seed=9))[0].requires_grad
-        assert all(torch.equal(value, before[name]) for name, value in algorithm.model.state_dict().items())
+        assert all(
+            torch.equal(value, before[name]) for name, value in algorithm.model.state_dict().items()
+        )
 
 
 @pytest.mark.parametrize("reward", [0.0, 10.0, -10.0])
@@ -412,10 +563,18 @@ def test_acting_draws_from_the_policy_at_the_temperature():
         model = small_algorithm(algorithm={"temperature": temperature}).model.eval()
         torch.nn.init.zeros_(model.policy.weight)
         torch.nn.init.zeros_(model.policy.bias)
-        model.policy.bias.data[7] = math.log(3 * (pomdp.NUM_ACTIONS - 1))  # at temperature 1 its probability is 3/4
+        model.policy.bias.data[7] = math.log(
+            3 * (pomdp.NUM_ACTIONS - 1)
+        )  # at temperature 1 its probability is 3/4
         actions, state = model.vec_act(obs)
-        assert actions.dtype == np.int64 and actions.shape == (400,) and state.rnn_state[0].shape == (2, 400, HIDDEN)
-        assert abs((actions == 7).mean() - share) < 0.09 and (temperature < 1 or len({*actions.tolist()}) > 20)
+        assert (
+            actions.dtype == np.int64
+            and actions.shape == (400,)
+            and state.rnn_state[0].shape == (2, 400, HIDDEN)
+        )
+        assert abs((actions == 7).mean() - share) < 0.09 and (
+            temperature < 1 or len({*actions.tolist()}) > 20
+        )
 
 
 def screens(*lines):
@@ -438,7 +597,11 @@ NEW_GAME = {  # what a slot shows at three ticks -> whether a game begins at the
     (status(1), status(1), status(1)): False,
     (status(30), "a menu", status(1)): True,
     (status(30), status(31), "a menu|T:1"): False,
-    (status(1), "a menu", status(1, "9")): True,  # it never left turn 1, and its attributes are others
+    (
+        status(1),
+        "a menu",
+        status(1, "9"),
+    ): True,  # it never left turn 1, and its attributes are others
     (status(1), "a menu", status(2, "9")): False,
     ("a menu", "a menu", status(1)): False,
 }
@@ -446,16 +609,22 @@ NEW_GAME = {  # what a slot shows at three ticks -> whether a game begins at the
 
 def test_acting_begins_anew_where_a_new_game_shows_or_the_loop_says_so():
     N, model = len(NEW_GAME) + 1, small_algorithm().model.eval()
-    ticks = [screens(*lines, status(5)) for lines in zip(*NEW_GAME)]  # of the last one the loop says so
+    ticks = [
+        screens(*lines, status(5)) for lines in zip(*NEW_GAME)
+    ]  # of the last one the loop says so
     obs = {name: value[:, 0].numpy() for name, value in random_observations(N, 1).items()}
     previous, none = np.full(N, 3), np.full(N, pomdp.NO_ACTION)
     _, state = model.vec_act({**obs, "tty_chars": ticks[0], "prev_actions": none})
-    _, state = model.vec_act({**obs, "tty_chars": ticks[1].astype(np.float32), "prev_actions": previous}, state)
+    _, state = model.vec_act(
+        {**obs, "tty_chars": ticks[1].astype(np.float32), "prev_actions": previous}, state
+    )
     third = {**obs, "tty_chars": ticks[2], "prev_actions": np.append(previous[1:], pomdp.NO_ACTION)}
     found = model.vec_act(third, state)[1].rnn_state
     begun, unsaid = [*NEW_GAME.values(), True], [(b"", 0)] * N
     anew = model.vec_act({**third, "prev_actions": none})[1].rnn_state
-    going_on = model.vec_act({**third, "prev_actions": previous}, state._replace(seen=unsaid))[1].rnn_state
+    going_on = model.vec_act({**third, "prev_actions": previous}, state._replace(seen=unsaid))[
+        1
+    ].rnn_state
     for n in range(N):
         assert torch.equal(found[0][:, n], (anew if begun[n] else going_on)[0][:, n]), n
         assert not torch.equal(anew[0][:, n], going_on[0][:, n])
@@ -465,12 +634,20 @@ def test_acting_begins_anew_where_a_new_game_shows_or_the_loop_says_so():
 def test_head_passes_the_stricter_budget():
     with torch.device("meta"):
         model = pomdp.Model(pomdp.ModelBackbone(pomdp.NUM_ACTIONS))
-    count = {part: sum(weight.numel() for weight in part.parameters()) for part in (model, model.backbone)}
-    assert model.backbone.rnn.hidden_size == 2048 and count[model] - count[model.backbone] <= 267_033
+    count = {
+        part: sum(weight.numel() for weight in part.parameters())
+        for part in (model, model.backbone)
+    }
+    assert (
+        model.backbone.rnn.hidden_size == 2048 and count[model] - count[model.backbone] <= 267_033
+    )
 
 
 def test_algorithm_settings_are_checked():
-    said = {"bur_in": "unknown setting 'bur_in'; there are head_dim, burn_in", "burn_in": "burn_in must be int in"}
+    said = {
+        "bur_in": "unknown setting 'bur_in'; there are head_dim, burn_in",
+        "burn_in": "burn_in must be int in",
+    }
     said.update(lam=r"lam must be float in \[0, 1\], not", beta="beta must be float")
     wrong = {"bur_in": [1], "burn_in": [1.5, -1], "lam": ["x", 1.5], "beta": [True, -1.0]}
     for name, value in ((name, value) for name, values in wrong.items() for value in values):
@@ -480,16 +657,22 @@ def test_algorithm_settings_are_checked():
 
 def test_settings_of_the_backbone_and_of_acting_reach_it():
     backbone = small_backbone(rnn_dropout=0.5, eval_precision="bf16")
-    assert backbone.acting_dtype is torch.bfloat16 and small_backbone().acting_dtype is torch.float32
+    assert (
+        backbone.acting_dtype is torch.bfloat16 and small_backbone().acting_dtype is torch.float32
+    )
     inputs = {**random_observations(2, 3), "prev_actions": torch.zeros(2, 3)}
     with torch.no_grad():
         assert not torch.equal(backbone(inputs)[0], backbone(inputs)[0])  # dropout
         assert torch.equal(backbone.eval()(inputs)[0], backbone(inputs)[0])
-    assert small_algorithm(algorithm={"burn_in": 8, "lam": 1}).hyper == AWRConfig(head_dim=24, burn_in=8, lam=1)
+    assert small_algorithm(algorithm={"burn_in": 8, "lam": 1}).hyper == AWRConfig(
+        head_dim=24, burn_in=8, lam=1
+    )
 
 
 def test_expectile_and_polyak():
-    assert pomdp.asymmetric_l2_loss(torch.tensor([-2.0, 1.0]), 0.8).item() == pytest.approx((0.2 * 4 + 0.8 * 1) / 2)
+    assert pomdp.asymmetric_l2_loss(torch.tensor([-2.0, 1.0]), 0.8).item() == pytest.approx(
+        (0.2 * 4 + 0.8 * 1) / 2
+    )
     target, source = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = 0.9 * target.weight + 0.1 * source.weight
     pomdp.soft_update(target, source, 0.1)
@@ -498,10 +681,22 @@ def test_expectile_and_polyak():
 
 def test_learning_rate_counts_transitions():
     shared = dict(learning_rate=1.0, warmup_transitions=1000, lr_schedule="cosine", seq_len=10)
-    one, other = (pomdp.TrainConfig(**shared, update_steps=10_000 // (10 * rows), batch_size=rows) for rows in (10, 20))
-    rates = [pomdp.learning_rate_at(one, transitions) for transitions in (0, 500, 1000, 5000, 10_000)]
-    assert rates == [pomdp.learning_rate_at(other, transitions) for transitions in (0, 500, 1000, 5000, 10_000)]
-    assert rates[0] == 0.0 and rates[1] < 0.5 and rates[3] == pytest.approx(0.55) and rates[4] == pytest.approx(0.1)
+    one, other = (
+        pomdp.TrainConfig(**shared, update_steps=10_000 // (10 * rows), batch_size=rows)
+        for rows in (10, 20)
+    )
+    rates = [
+        pomdp.learning_rate_at(one, transitions) for transitions in (0, 500, 1000, 5000, 10_000)
+    ]
+    assert rates == [
+        pomdp.learning_rate_at(other, transitions) for transitions in (0, 500, 1000, 5000, 10_000)
+    ]
+    assert (
+        rates[0] == 0.0
+        and rates[1] < 0.5
+        and rates[3] == pytest.approx(0.55)
+        and rates[4] == pytest.approx(0.1)
+    )
     assert pomdp.learning_rate_at(pomdp.TrainConfig(), 10**9) == pomdp.TrainConfig().learning_rate
 
 
@@ -512,4 +707,6 @@ def test_weight_decay_covers_each_matrix_once_and_nothing_else():
     decayed, others = (group["params"] for group in groups)
     assert sorted(map(id, decayed + others)) == sorted(map(id, algorithm.parameters()))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    assert all(parameter.dim() > 1 for parameter in decayed) and all(parameter.dim() == 1 for parameter in others)
+    assert all(parameter.dim() > 1 for parameter in decayed) and all(
+        parameter.dim() == 1 for parameter in others
+    )

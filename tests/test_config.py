@@ -29,7 +29,9 @@ MONK, VALKYRIE = "mon-hum-neu", "val-hum-neu"
 
 def changed(config):
     """The settings that differ from the defaults."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if value != DEFAULTS[name]}
+    return {
+        name: value for name, value in dataclasses.asdict(config).items() if value != DEFAULTS[name]
+    }
 
 
 def write(path, text):
@@ -39,9 +41,14 @@ def write(path, text):
 
 # --- where a value comes from
 def test_command_line_over_file_over_default(tmp_path):
-    path = write(tmp_path / "a.yaml", "batch_size: 8\nseq_len: 4\nname: from_file\nclip_grad_norm: 2\n")
+    path = write(
+        tmp_path / "a.yaml", "batch_size: 8\nseq_len: 4\nname: from_file\nclip_grad_norm: 2\n"
+    )
     expected = {"batch_size": 3, "seq_len": 4, "name": "from_file", "clip_grad_norm": 2.0}
-    options = (["--batch_size", "3"], ["--config", path]), (["--batch_size=3"], [f"--config={path}"])
+    options = (
+        (["--batch_size", "3"], ["--config", path]),
+        (["--batch_size=3"], [f"--config={path}"]),
+    )
     for ours, file in (*options, (["--batch_size", "3"], ["--config_path", path])):
         assert changed(parse_config(ours + file)) == changed(parse_config(file + ours)) == expected
     assert changed(parse_config([])) == {}
@@ -53,19 +60,46 @@ def test_command_line_over_file_over_default(tmp_path):
 def test_algorithm_is_merged_key_by_key(tmp_path):
     file = ["--config", write(tmp_path / "a.yaml", "algorithm: {burn_in: 8, lam: 0.5}\n")]
     assert parse_config(file).algorithm == {"burn_in": 8, "lam": 0.5}
-    assert parse_config([*file, "--algorithm", "{burn_in: 2}"]).algorithm == {"burn_in": 2, "lam": 0.5}
-    assert parse_config(["--algorithm={beta: 3}", *file]).algorithm == {"burn_in": 8, "lam": 0.5, "beta": 3}
+    assert parse_config([*file, "--algorithm", "{burn_in: 2}"]).algorithm == {
+        "burn_in": 2,
+        "lam": 0.5,
+    }
+    assert parse_config(["--algorithm={beta: 3}", *file]).algorithm == {
+        "burn_in": 8,
+        "lam": 0.5,
+        "beta": 3,
+    }
     parse_config(["--algorithm", "{beta: 3}"]).algorithm["lam"] = 0.1
     assert parse_config([]).algorithm == {}, "one config's overrides leak into the next"
 
 
 VALUES_READ = [
-    *[("update_steps", text, 1_000_000) for text in ("1000000", "1e6", "1E6", "1_000_000", "1000000.0")],
+    *[
+        ("update_steps", text, 1_000_000)
+        for text in ("1000000", "1e6", "1E6", "1_000_000", "1000000.0")
+    ],
     *[("resume", "true", True), ("resume", "True", True), ("use_prev_action", "False", False)],
-    *[("use_prev_action", "no", False), ("learning_rate", "1e-3", 1e-3), ("learning_rate", "1", 1.0)],
-    *[("clip_grad_norm", "null", None), ("clip_grad_norm", "0.5", 0.5), ("train_seed", str(2**53 + 1), 2**53 + 1)],
-    *[("data_path", "null", None), ("data_path", "a/b", "a/b"), ("heldout_share", "0", 0.0), ("name", "a=b", "a=b")],
-    ("character", f" {MONK}, {VALKYRIE},", f"{MONK},{VALKYRIE}"),  # the same characters are the same run
+    *[
+        ("use_prev_action", "no", False),
+        ("learning_rate", "1e-3", 1e-3),
+        ("learning_rate", "1", 1.0),
+    ],
+    *[
+        ("clip_grad_norm", "null", None),
+        ("clip_grad_norm", "0.5", 0.5),
+        ("train_seed", str(2**53 + 1), 2**53 + 1),
+    ],
+    *[
+        ("data_path", "null", None),
+        ("data_path", "a/b", "a/b"),
+        ("heldout_share", "0", 0.0),
+        ("name", "a=b", "a=b"),
+    ],
+    (
+        "character",
+        f" {MONK}, {VALKYRIE},",
+        f"{MONK},{VALKYRIE}",
+    ),  # the same characters are the same run
 ]
 
 
@@ -80,8 +114,19 @@ def test_values_are_read_as_their_type(tmp_path, name, text, value):
 
 def test_a_dumped_config_reads_back(tmp_path):
     """config.yaml in a run's folder is a config file like any other."""
-    argv = ["--character", VALKYRIE, "--algorithm", "{burn_in: 2}", "--clip_grad_norm", "1", "--resume", "yes"]
-    config = dataclasses.replace(parse_config([*argv, "--learning_rate", "1e-5"]), name="null", data_path="x: #y")
+    argv = [
+        "--character",
+        VALKYRIE,
+        "--algorithm",
+        "{burn_in: 2}",
+        "--clip_grad_norm",
+        "1",
+        "--resume",
+        "yes",
+    ]
+    config = dataclasses.replace(
+        parse_config([*argv, "--learning_rate", "1e-5"]), name="null", data_path="x: #y"
+    )
     file = write(tmp_path / "config.yaml", pyrallis.dump(config))
     assert parse_config(["--config", file]) == config
 
@@ -95,12 +140,19 @@ def test_shipped_configs_parse():
 
 
 def test_the_gpu_config_sees_as_many_transitions_as_the_defaults():
-    fast, default = parse_config(["--config", str(ROOT / "scripts" / "configs" / "gpu.yaml")]), TrainConfig()
-    transitions = [config.update_steps * config.batch_size * config.seq_len for config in (fast, default)]
+    fast, default = (
+        parse_config(["--config", str(ROOT / "scripts" / "configs" / "gpu.yaml")]),
+        TrainConfig(),
+    )
+    transitions = [
+        config.update_steps * config.batch_size * config.seq_len for config in (fast, default)
+    ]
     assert transitions[0] == transitions[1] == 204_800_000
     # The last evaluation and the last checkpoint are at the end in any case; the others divide the run evenly.
     for name in ("eval_every", "log_every", "checkpoint_every"):
-        assert fast.update_steps % getattr(fast, name) == 0 and getattr(fast, name) < getattr(default, name), name
+        assert fast.update_steps % getattr(fast, name) == 0 and getattr(fast, name) < getattr(
+            default, name
+        ), name
 
 
 BENCHMARK = """
@@ -120,12 +172,17 @@ def test_benchmark_s_fields_keep_their_defaults():
 @pytest.mark.usefixtures("one_thread")
 def test_gamma_reaches_the_algorithm_and_the_reward_scale(stores_path, stores):
     """Each by itself: either of the two alone would change what a run learns."""
-    shared = dict(rnn_hidden_dim=8, data_path=str(GAMES), store_path=str(stores_path), character=MONK, batch_size=2)
+    shared = dict(
+        rnn_hidden_dim=8,
+        data_path=str(GAMES),
+        store_path=str(stores_path),
+        character=MONK,
+        batch_size=2,
+    )
     losses, configs = [], [TrainConfig(**shared, gamma=gamma) for gamma in (0.5, 0.999)]
     loaders = [pomdp.load_data(config)[0] for config in configs]
     assert loaders[0].reward_scale < 0.5 * loaders[1].reward_scale
-    batch = loaders[0].batch_at(0)
-    prev_actions = batch.pop("prev_actions")
+    batch, prev_actions = loaders[0].batch_at(0)
     for config in configs:
         torch.manual_seed(0)
         algorithm = pomdp.make_algorithm(config, torch.device("cpu"))
@@ -153,12 +210,11 @@ MISTAKES = {
     f"--train_seed {2**64}": "train_seed",  # torch takes no seed as large as this
     "--character mon-hum-nue": "mon-hum-nue.*mon-hum-neu",
     "--character mon-hum-neu,orc": "orc",
-    "--character mon-hum-neu,mon-hum-neu": "twice",
     "--rnn_hidden_dim 512": "rnn_hidden_dim",
     "--rnn_layers 1": "rnn_layers",
     "--data_mode disk": "data_mode.*in_memory",
     "--lr_schedule linear": "lr_schedule.*cosine",
-    "--precision fp8": "precision.*bf16",
+    "--precision fp16": "precision.*bf16",
     "--eval_precision fp16": "eval_precision.*bf16",
     "--device cuda:x": "device.*cuda:x",
 }
@@ -184,21 +240,28 @@ MISTAKES_IN_A_FILE = {
 OUT_OF_RANGE = {
     "0": "log_every update_steps batch_size seq_len checkpoint_every eval_every eval_processes eval_max_steps",
     "-0": "render_processes",
-    "-1": "version warmup_transitions game_frames eval_workers eval_seed eval_episodes eval_heldout_frames",
+    "-1": "version warmup_transitions game_frames eval_seed eval_episodes eval_heldout_frames",
     "-2": "weight_decay train_seed",
     "0.0": "learning_rate clip_range clip_grad_norm",
     "-0.1": "gamma tau rnn_dropout heldout_share",
     "1.1": "gamma tau rnn_dropout heldout_share",
 }
-CASES = [([argument.strip("'") for argument in line.split(" ")], None, names) for line, names in MISTAKES.items()]
+CASES = [
+    ([argument.strip("'") for argument in line.split(" ")], None, names)
+    for line, names in MISTAKES.items()
+]
 CASES += [([], text, names) for text, names in MISTAKES_IN_A_FILE.items()]
 CASES += [
-    ([f"--{name}={value}"], None, f"{name} must be") for value in OUT_OF_RANGE for name in OUT_OF_RANGE[value].split()
+    ([f"--{name}={value}"], None, f"{name} must be")
+    for value in OUT_OF_RANGE
+    for name in OUT_OF_RANGE[value].split()
 ]
 
 
 def case_id(case):
-    return re.sub(r"[^\w=.,:+-]+", "_", " ".join(case[0]) if case[1] is None else f"file {case[1]}")[:40]
+    return re.sub(
+        r"[^\w=.,:+-]+", "_", " ".join(case[0]) if case[1] is None else f"file {case[1]}"
+    )[:40]
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(case_id, CASES))
@@ -215,7 +278,9 @@ def test_every_mistake_is_one_line_and_writes_nothing(case, tmp_path, monkeypatc
 
 
 def test_the_lstm_s_size_is_main_s_to_refuse():
-    assert TrainConfig(rnn_hidden_dim=16, rnn_layers=1).rnn_hidden_dim == 16  # a test's and a study's
+    assert (
+        TrainConfig(rnn_hidden_dim=16, rnn_layers=1).rnn_hidden_dim == 16
+    )  # a test's and a study's
 
 
 # --- anything at all
@@ -230,7 +295,21 @@ SCALARS = st.one_of(
         st.text(max_size=12),
     ),
     st.sampled_from(
-        ["1e6", "nan", "null", "true", "no", "1:30", "0x_", MONK, "2024-13-45", "{a: 1}", "[", "~", "auto"]
+        [
+            "1e6",
+            "nan",
+            "null",
+            "true",
+            "no",
+            "1:30",
+            "0x_",
+            MONK,
+            "2024-13-45",
+            "{a: 1}",
+            "[",
+            "~",
+            "auto",
+        ]
     ),
 )
 DICTS = st.dictionaries(SCALARS, SCALARS | st.lists(SCALARS, max_size=3), max_size=3)
@@ -241,10 +320,17 @@ FILES = st.one_of(
     st.dictionaries(KEYS, SCALARS | DICTS, max_size=4).map(yaml.dump),
     st.text(alphabet="!&*<>|?:-{}[],#%@=~01abx_ \n\"'", max_size=40),
 )
-TOKENS = st.sampled_from([*DEFAULTS]).map("--{}".format) | st.builds("--{}={}".format, KEYS, SCALARS) | SCALARS.map(str)
+TOKENS = (
+    st.sampled_from([*DEFAULTS]).map("--{}".format)
+    | st.builds("--{}={}".format, KEYS, SCALARS)
+    | SCALARS.map(str)
+)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(argv=st.lists(TOKENS, max_size=5), text=st.none() | FILES)
 @example(argv=["--algorithm", "!!int x"], text="[" * 5000)
 @example(argv=["--train_seed=1e300"], text=None)
@@ -258,16 +344,25 @@ def test_anything_else_than_a_config_is_a_user_error(argv, text, tmp_path):
         assert str(error).strip(), "a mistake without a message"  # noqa: PT017  any text may also be right
         return
     for name, value in dataclasses.asdict(config).items():
-        assert value is None or DEFAULTS[name] is None or type(value) is type(DEFAULTS[name]), (name, value)
+        assert value is None or DEFAULTS[name] is None or type(value) is type(DEFAULTS[name]), (
+            name,
+            value,
+        )
 
 
 # --- through the command line itself
 def command_line(folder, *argv):
     """As a user who has neither data nor accounts -> the result, and the files that it left."""
     folder.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "KATAKOMBA"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB", "KATAKOMBA"))
+    }
     environment = {**kept, "HOME": str(folder), "WANDB_MODE": "disabled"}
-    options = dict(cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    options = dict(
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     return subprocess.run([sys.executable, *argv], **options), os.listdir(folder)
 
 
@@ -280,9 +375,16 @@ MISTAKES_OUTSIDE = {
     "an unknown algorithm setting": (["--algorithm", "{burnin: 2}", *DATA], "burnin.*burn_in"),
     "the LSTM's size": (["--rnn_hidden_dim", "1024", *DATA], "rnn_hidden_dim"),
     "a folder that is not there": (["--data_path", "nowhere"], "nowhere"),
-    "a character without games": ([*DATA, "--character", "wiz-elf-cha"], "wiz-elf-cha.*--data_path"),
+    "a character without games": (
+        [*DATA, "--character", "wiz-elf-cha"],
+        "wiz-elf-cha.*--data_path",
+    ),
     "a submission that is not there": ([*DATA, "--submission", "nowhere.py"], r"nowhere\.py"),
-    **({} if torch.cuda.is_available() else {"a GPU that is not there": ([*DATA, "--device", "cuda"], "cuda")}),
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {"a GPU that is not there": ([*DATA, "--device", "cuda"], "cuda")}
+    ),
 }
 
 
@@ -292,11 +394,18 @@ def outside(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command_line")
     commands = {name: [str(SCRIPT), *argv] for name, (argv, _) in MISTAKES_OUTSIDE.items()}
     # What the libraries themselves say on import (gym 0.23 warns of its age), so that the tests can look past it.
-    commands.update({"help": [str(SCRIPT), "--help"], "import": ["-c", "import custom_nethack_pomdp"]})
+    commands.update(
+        {"help": [str(SCRIPT), "--help"], "import": ["-c", "import custom_nethack_pomdp"]}
+    )
     with ThreadPoolExecutor(2) as pool:
         folders = [folder / str(number) for number in range(len(commands))]
         return dict(
-            zip(commands, pool.map(lambda pair: command_line(pair[0], *pair[1]), zip(folders, commands.values())))
+            zip(
+                commands,
+                pool.map(
+                    lambda pair: command_line(pair[0], *pair[1]), zip(folders, commands.values())
+                ),
+            )
         )
 
 
@@ -305,7 +414,9 @@ def test_mistakes_through_the_command_line(outside, name):
     result, files = outside[name]
     assert result.returncode == 2 and result.stdout == "" and files == [], result.stderr
     before, error, message = result.stderr.rpartition("error: ")
-    assert before == outside["import"][0].stderr and error and re.fullmatch(r"[^\n]+\n", message), result.stderr
+    assert before == outside["import"][0].stderr and error and re.fullmatch(r"[^\n]+\n", message), (
+        result.stderr
+    )
     assert re.search(MISTAKES_OUTSIDE[name][1], message), message
 
 
@@ -319,11 +430,22 @@ def test_help_lists_every_setting_with_its_meaning(outside):
     """Its comment, that is, with the default."""
     result, files = outside["help"]
     assert result.returncode == 0 and result.stderr == outside["import"][0].stderr and files == []
-    shown, source = " ".join(result.stdout.split()), SCRIPT.read_text(encoding="utf-8")
+    shown = re.sub(r"(?<=\w)- (?=\w)", "-", " ".join(result.stdout.split()))  # a break in a name
+    source = SCRIPT.read_text(encoding="utf-8")
     fields = source[source.index("class TrainConfig") : source.index("def __post_init__")]
     comments = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", fields, re.MULTILINE))
     assert set(comments) == set(DEFAULTS), "a setting without a comment"
     for name, meaning in comments.items():
         assert re.search(
-            rf"--{name} \S+.{{,12}} {re.escape(meaning)} \(default: {re.escape(str(DEFAULTS[name]))}\)", shown
+            rf"--{name} \S+.{{,12}} {re.escape(meaning)} \(default: {re.escape(str(DEFAULTS[name]))}\)",
+            shown,
         ), name
+
+
+def test_a_submission_that_imports_this_file_gets_the_one_that_runs(tmp_path):
+    """A second one would have classes of its own, and read the settings' source again."""
+    text = "import sys, custom_nethack_pomdp as ours\nsys.exit(ours is sys.modules['__main__'])"
+    (tmp_path / "idea.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), "--submission", str(tmp_path / "idea.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2 and "cannot be used: SystemExit: True" in done.stderr

@@ -2,14 +2,10 @@
 
 import csv
 import hashlib
+import json
 import math
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,43 +14,26 @@ import torch
 from nle import nethack
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import NO_ACTION, GamePool, GameResult, NetHackGame, game_seeds
+from custom_nethack_pomdp import NO_ACTION, GameResult, NetHackGame, game_seeds
 
 SLOTS, HIDDEN = 3, 32
 CPU = torch.device("cpu")
-SEARCH, QUIT = (int(pomdp.KEY_TO_ACTION[int(key)]) for key in (nethack.Command.SEARCH, nethack.Command.QUIT))
+SEARCH, QUIT = (
+    int(pomdp.KEY_TO_ACTION[int(key)]) for key in (nethack.Command.SEARCH, nethack.Command.QUIT)
+)
 YES = int(pomdp.KEY_TO_ACTION[ord("y")])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(**others):
-    small = dict(character="mon-hum-neu", rnn_hidden_dim=HIDDEN, device="cpu", eval_processes=SLOTS, eval_max_steps=30)
+    small = dict(
+        character="mon-hum-neu",
+        rnn_hidden_dim=HIDDEN,
+        device="cpu",
+        eval_processes=SLOTS,
+        eval_max_steps=30,
+    )
     return pomdp.TrainConfig(**{**small, **others})
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory):
-    """Pools of three slots by their number of worker processes. Starting one takes seconds, so the tests share them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("nle")))
-        pools = {workers: GamePool(settings(eval_workers=workers)) for workers in (1, 2, 3)}
-        yield pools
-        for pool in pools.values():
-            pool.close()
-
-
-class OneProcess:
-    """A pool without processes, for settings of its own."""
-
-    def __init__(self, config):
-        self.config, self.slots = config, np.zeros(-(-config.eval_processes // 8) * 8, pomdp.SLOT)
-
-    def tell(self, message=None):
-        if message:
-            character, games = message
-            quotas = [(row, range(row, games, self.config.eval_processes)) for row in range(self.config.eval_processes)]
-            self.players = [pomdp.play_slot(self.slots, *quota, character, self.config) for quota in quotas]
-        return [result for player in self.players for result in [next(player, None)] if result]
 
 
 class Watched(pomdp.Model):
@@ -62,7 +41,9 @@ class Watched(pomdp.Model):
 
     def __init__(self):
         torch.manual_seed(7)
-        super().__init__(pomdp.ModelBackbone(pomdp.NUM_ACTIONS, HIDDEN), pomdp.AWRConfig(head_dim=24))
+        super().__init__(
+            pomdp.ModelBackbone(pomdp.NUM_ACTIONS, HIDDEN), pomdp.AWRConfig(head_dim=24)
+        )
         self.policy.weight.data *= 8
         self.hash, self.actions, self.states = hashlib.sha256(), [], []
 
@@ -91,7 +72,10 @@ class Scripted(torch.nn.Module):
 
     def vec_act(self, obs, state=None, device="cpu"):
         tick = len(self.seen)
-        keys = [{row + 1: QUIT, row + 2: YES}.get(tick % (row + 3), SEARCH) for row in range(len(obs["prev_actions"]))]
+        keys = [
+            {row + 1: QUIT, row + 2: YES}.get(tick % (row + 3), SEARCH)
+            for row in range(len(obs["prev_actions"]))
+        ]
         self.modes.add(self.training)
         self.seen.append({name: array.copy() for name, array in obs.items()})
         self.given.append(state)
@@ -99,51 +83,65 @@ class Scripted(torch.nn.Module):
         return self.actions[-1], f"state of tick {tick}"
 
 
-def play(pool, model, games=4, character="mon-hum-neu", seed=50):
-    return pomdp.vec_evaluate(pool, model, character, games, seed, CPU)
+def play(model, games=4, character="mon-hum-neu", **others):
+    config = settings(eval_episodes=games, **others)
+    return pomdp.vec_evaluate(model, character, config, CPU)
 
 
-def watched(pool, **options):
+def watched(**options):
     """Results, and the fingerprint of everything that the model saw and did."""
     model = Watched()
-    return play(pool, model, **options), model.hash.hexdigest()
+    return play(model, **options), model.hash.hexdigest()
 
 
 # --- it repeats
-def test_repeats_to_the_bit_whatever_the_number_of_workers_and_threads(pools):
-    runs = [watched(pools[workers]) for workers in (2, 1, 3, 2)]  # 2 twice: the same pool, again
-    assert runs == [watched(OneProcess(settings()))] * 4
-    others = [watched(pools[2], seed=51), watched(OneProcess(settings(eval_seed=51)))]  # of actions, of games
-    assert len({runs[0][1], others[0][1], others[1][1]}) == 3
-    one = watched(pools[2], games=1)
+def test_repeats_to_the_bit_whatever_the_number_of_threads():
+    first, again = watched(), watched()
+    assert first == again
+    assert watched(eval_seed=51)[1] != first[1]
+    one = watched(games=1)
     try:
         torch.set_num_threads(2)
-        assert watched(pools[2], games=1) == one
+        assert watched(games=1) == one
     finally:
         torch.set_num_threads(1)
 
 
-def test_a_game_depends_neither_on_the_number_of_games_nor_on_what_was_played_before(pools):
-    few, _ = watched(pools[2], character="val-hum-neu", games=4)
-    watched(pools[2], character="ran-hum-neu", games=5, seed=3)
-    many, _ = watched(pools[2], character="val-hum-neu", games=9)
+def test_games_and_sampled_actions_both_depend_on_the_seed(monkeypatch):
+    """Each alone too: the other's seed is held."""
+    first = watched()
+    monkeypatch.setattr(pomdp, "game_seeds", lambda _, number: game_seeds(50, number))
+    assert watched(eval_seed=51)[1] != first[1], "actions are drawn alike"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "manual_seed", lambda _: torch.default_generator.manual_seed(1))
+    held = watched()
+    assert watched() == held and watched(eval_seed=51)[1] != held[1], "games are alike"
+
+
+def test_a_game_depends_neither_on_the_number_of_games_nor_on_what_was_played_before():
+    few, _ = watched(character="val-hum-neu", games=4)
+    watched(character="ran-hum-neu", games=5, eval_seed=3)
+    many, _ = watched(character="val-hum-neu", games=9)
     assert few == many[:4] and [result.game for result in many] == list(range(9))
-    assert len({(result.score, result.turns, result.depth) for result in many}) > 1, "all alike: this shows nothing"
+    outcomes = {(result.score, result.turns, result.depth) for result in many}
+    assert len(outcomes) > 1, "all alike: this shows nothing"
 
 
 # --- which games are played, and what the model is given
 @pytest.fixture(scope="module")
-def scripted(pools):
+def scripted():
     """-> model, {game: (slot, tick of its first frame)} by the quota and the games' lengths, and each slot's ticks."""
     model = Scripted().train()
 
-    results = play(pools[2], model, games=10)
+    results = play(model, games=10)
     places, clock = {}, [0] * SLOTS
     for result in results:
         slot = result.game % SLOTS
         places[result.game] = (slot, clock[slot])
         clock[slot] += result.length
-    assert [*places] == list(range(10)) and len({result.length for result in results}) == SLOTS  # as fast as unequal
+    assert [*places] == list(range(10)) and len(
+        {result.length for result in results}
+    ) == SLOTS  # as fast as unequal
     return model, places, clock
 
 
@@ -160,19 +158,26 @@ def test_each_game_is_played_once_by_its_slot_with_its_seeds(scripted):
 
 def test_the_model_is_given_previous_actions_within_a_game_and_its_own_states(scripted):
     model, places, clock = scripted
-    assert model.training and model.modes == {False}, "played in evaluation mode, trained on in its own"
+    assert model.training and model.modes == {False}, (
+        "played in evaluation mode, trained on in its own"
+    )
     assert model.given == [None] + [f"state of tick {tick}" for tick in range(len(model.seen) - 1)]
     for tick, obs in enumerate(model.seen):
         for slot in (slot for slot in range(SLOTS) if tick < clock[slot]):
-            expected = NO_ACTION if (slot, tick) in places.values() else model.actions[tick - 1][slot]
+            expected = (
+                NO_ACTION if (slot, tick) in places.values() else model.actions[tick - 1][slot]
+            )
             assert obs["prev_actions"][slot] == expected, (slot, tick)
         # Rows that pad to a multiple of 8, and slots whose games are over, show nothing.
         idle = [row for row in range(8) if row >= SLOTS or tick >= clock[row]]
-        assert all(len(array) == 8 for array in obs.values()) and (obs["prev_actions"][idle] == NO_ACTION).all()
+        assert (
+            all(len(array) == 8 for array in obs.values())
+            and (obs["prev_actions"][idle] == NO_ACTION).all()
+        )
         assert not any(obs[name][idle].any() for name in pomdp.OBSERVATIONS)
 
 
-def test_rows_without_a_game_do_not_matter(pools):
+def test_rows_without_a_game_do_not_matter():
     """Whatever is done there, and however many slots there are beside."""
 
     class Disturbed(Watched):
@@ -182,11 +187,16 @@ def test_rows_without_a_game_do_not_matter(pools):
             return np.where(idle, len(self.actions) % 121, actions)
 
     disturbed = Disturbed()
-    assert play(pools[2], disturbed, games=5) == watched(pools[2], games=5)[0]
+    assert play(disturbed, games=5) == watched(games=5)[0]
     assert disturbed.idle > 8 - SLOTS
-    assert [len(OneProcess(settings(eval_processes=slots)).slots) for slots in (8, 9)] == [8, 16]
+    rows = {}
+    for slots in (8, 9):
+        model = Scripted()
+        play(model, games=1, eval_processes=slots)
+        rows[slots] = len(model.seen[0]["prev_actions"])
+    assert rows == {8: 8, 9: 16}
     for games in (1, 2, 3):
-        assert [result.game for result in play(pools[3], Scripted(), games=games)] == list(range(games))
+        assert [result.game for result in play(Scripted(), games=games)] == list(range(games))
 
 
 class Quitting(Watched):
@@ -203,15 +213,17 @@ class Quitting(Watched):
         return np.where(ticks == 18, QUIT, np.where(ticks == 19, YES, SEARCH))
 
 
-def test_our_model_notices_new_games_by_itself(pools, monkeypatch):
+def test_our_model_notices_new_games_by_itself(monkeypatch):
     """In a loop that does not tell, as the benchmark's, it plays as in one that does; without a look at them not."""
     played = []
     for told, looks in ((True, True), (True, False), (False, True), (False, False)):
         model = Quitting()
         model.told, model.playing = told, []
         if not looks:
-            monkeypatch.setattr(pomdp, "games_begun", lambda seen, chars: ([False] * len(seen), seen))
-        assert {result.end for result in play(pools[1], model, games=6)} == {"died"}
+            monkeypatch.setattr(
+                pomdp, "games_begun", lambda seen, chars: ([False] * len(seen), seen)
+            )
+        assert {result.end for result in play(model, games=6)} == {"died"}
         played.append(model.playing)
         monkeypatch.undo()
     assert played[0] == played[1] == played[2] != played[3]
@@ -224,7 +236,10 @@ def test_seeds_are_distinct_and_within_nle_s_range():
 
 
 # --- what is made of the results
-RESULTS = [GameResult(0, 100.0, 1, 10, 50, "died"), GameResult(1, 40.0, 3, 400, 1000, "no progress")]
+RESULTS = [
+    GameResult(0, 100.0, 1, 10, 50, "died"),
+    GameResult(1, 40.0, 3, 400, 1000, "no progress"),
+]
 RESULTS += [GameResult(2, 0.0, 2, 7, 60, "died"), GameResult(3, 900.0, 4, 1000, 2000, "step limit")]
 
 
@@ -232,14 +247,34 @@ def test_summary_against_plain_arithmetic():
     summary = pomdp.summarize_games(RESULTS, "ran-hum-neu")
     scores = [100.0, 40.0, 0.0, 900.0]
     expected = {"normalized_score": statistics.mean(score / 8067.99 for score in scores)}
-    expected.update(turns_mean=1417 / 4, length_mean=3110 / 4, end_died=0.5, end_no_progress=0.25, end_step_limit=0.25)
-    functions = {"mean": statistics.mean, "median": statistics.median, "std": statistics.pstdev, "min": min, "max": max}
+    expected.update(
+        turns_mean=1417 / 4,
+        length_mean=3110 / 4,
+        end_died=0.5,
+        end_no_progress=0.25,
+        end_step_limit=0.25,
+    )
+    functions = {
+        "mean": statistics.mean,
+        "median": statistics.median,
+        "std": statistics.pstdev,
+        "min": min,
+        "max": max,
+    }
     for name, function in functions.items():
-        expected.update({f"reward_{name}": function(scores), f"depth_{name}": function([1, 3, 2, 4])})
+        expected.update(
+            {f"reward_{name}": function(scores), f"depth_{name}": function([1, 3, 2, 4])}
+        )
     low, high = summary.pop("normalized_score_low"), summary.pop("normalized_score_high")
-    assert summary == pytest.approx(expected, rel=1e-12) and low < summary["normalized_score"] < high
-    assert all(type(value) is float for value in summary.values()), "numpy's numbers do not go into JSON"
-    assert pomdp.geometric_mean([0.02, 0.03, 0.09]) == pytest.approx((0.02 * 0.03 * 0.09) ** (1 / 3))
+    assert (
+        summary == pytest.approx(expected, rel=1e-12) and low < summary["normalized_score"] < high
+    )
+    assert all(type(value) is float for value in summary.values()), (
+        "numpy's numbers do not go into JSON"
+    )
+    assert pomdp.geometric_mean([0.02, 0.03, 0.09]) == pytest.approx(
+        (0.02 * 0.03 * 0.09) ** (1 / 3)
+    )
     assert pomdp.geometric_mean([0.5]) == 0.5
     assert pomdp.geometric_mean([0.5, 0.0]) == pomdp.geometric_mean([-0.1, 0.2]) == 0.0
 
@@ -247,24 +282,41 @@ def test_summary_against_plain_arithmetic():
 def test_bootstrap_interval_against_a_plain_loop():
     values = np.array([0.0, 0.0, 0.1, 0.4, 2.0])
     rng = np.random.default_rng(0)
-    means = sorted(statistics.mean(values[index] for index in rng.integers(5, size=5)) for _ in range(999))
+    means = sorted(
+        statistics.mean(values[index] for index in rng.integers(5, size=5)) for _ in range(999)
+    )
     # 2.5 % of the way from the first to the last of 999 means is place 24.95, and 97.5 % is place 973.05.
-    expected = (means[24] + 0.95 * (means[25] - means[24]), means[973] + 0.05 * (means[974] - means[973]))
-    assert pomdp.bootstrap_interval(values, seed=0, resamples=999) == pytest.approx(expected, rel=1e-9)
+    expected = (
+        means[24] + 0.95 * (means[25] - means[24]),
+        means[973] + 0.05 * (means[974] - means[973]),
+    )
+    assert pomdp.bootstrap_interval(values, seed=0, resamples=999) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_an_evaluation_s_files_and_lines(tmp_path, capsys):
-    config = settings(character="mon-hum-neu,ran-hum-neu", eval_episodes=4, eval_workers=1, eval_max_steps=20)
-    row = pomdp.evaluate_games(Watched(), config, CPU, str(tmp_path / "7"))
+    config = settings(character="mon-hum-neu,ran-hum-neu", eval_episodes=4, eval_max_steps=20)
+    row = pomdp.evaluate_games(Watched(), config, CPU, tmp_path / "7")
     said = capsys.readouterr().out.splitlines()
-    shown = [float(line.split()[-1]) for line in said if line.startswith("D4RL score: ")]  # what the benchmark reads
+    shown = [
+        float(line.split()[-1]) for line in said if line.startswith("D4RL score: ")
+    ]  # what the benchmark reads
     names = ("mon-hum-neu/normalized_score", "ran-hum-neu/normalized_score")
-    assert shown == pytest.approx([row[name] for name in names], abs=1e-6) and "TEST_METRICS" in said[-1]
+    assert (
+        shown == pytest.approx([row[name] for name in names], abs=1e-6)
+        and "TEST_METRICS" in said[-1]
+    )
     assert row["eval/normalized_score_ran_hum_neu"] == row["ran-hum-neu/normalized_score"]
     with open(tmp_path / "7_ran-hum-neu_games.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    scores = [np.load(tmp_path / f"7_ran-hum-neu_{name}.npy").tolist() for name in ("returns", "normalized_scores")]
-    assert [[float(game[name]) for game in table] for name in ("score", "normalized_score")] == scores
+    scores = [
+        np.load(tmp_path / f"7_ran-hum-neu_{name}.npy").tolist()
+        for name in ("returns", "normalized_scores")
+    ]
+    assert [
+        [float(game[name]) for game in table] for name in ("score", "normalized_score")
+    ] == scores
     assert scores[1] == [score / 8067.99 for score in scores[0]]
     seeds = [(int(game["core_seed"]), int(game["disp_seed"])) for game in table]
     assert seeds == [game_seeds(50, number) for number in range(4)]
@@ -279,14 +331,18 @@ class Known:
         self.model, self.calls = torch.nn.Linear(1, 1), []
 
     def train_step(self, batch, prev_actions, states):
-        assert states.get("after", 0) == len(self.calls) and not (self.model.training or torch.is_grad_enabled())
+        assert states.get("after", 0) == len(self.calls) and not (
+            self.model.training or torch.is_grad_enabled()
+        )
         self.calls.append((batch, prev_actions))
-        self.values = 0.5 * batch["returns"][:, :-1] + 1.0
-        return torch.zeros(()), {"after": len(self.calls)}, {"number": torch.tensor(float(len(self.calls)))}
+        states = {"after": len(self.calls), "values": 0.5 * batch["returns"][:, :-1] + 1.0}
+        return torch.zeros(()), states, {"number": torch.tensor(float(len(self.calls)))}
 
 
 def loader_of(games, rows=4, **others):
-    return pomdp.ChunkLoader(games, np.arange(0, len(games.frames), 3), settings(seq_len=8, **others), rows, 20.0, True)
+    chosen = np.arange(0, len(games.frames), 3)
+    config = settings(seq_len=8, **others)
+    return pomdp.ChunkLoader(games, chosen, config, rows, 20.0, shuffle=False, with_returns=True)
 
 
 def test_held_out_chunks_follow_one_another_and_means_are_over_frames(games):
@@ -295,93 +351,69 @@ def test_held_out_chunks_follow_one_another_and_means_are_over_frames(games):
     batches = [loader.batch_at(number) for number in range(10)]  # 4 x 8 frames each
     assert len(algorithm.calls) == 10 and algorithm.model.training
     for (seen, previous), batch in zip(algorithm.calls, batches):
-        assert torch.equal(previous, batch.pop("prev_actions"))
+        batch, prev_actions = batch
+        assert torch.equal(previous, prev_actions)
         assert all(torch.equal(seen[name], batch[name]) for name in batch)
+    batches = [batch for batch, _ in batches]
     masks = [batch["mask"][:, :-1] for batch in batches]
     frames = [int(mask.sum()) for mask in masks]
     assert means["frames"] == sum(frames)
-    assert means["number"] == pytest.approx(sum(n * (k + 1) for k, n in enumerate(frames)) / sum(frames))
-    returns = torch.cat([batch["returns"][:, :-1][mask] for batch, mask in zip(batches, masks)])
+    assert means["number"] == pytest.approx(
+        sum(n * (k + 1) for k, n in enumerate(frames)) / sum(frames)
+    )
     assert means["explained_variance"] == pytest.approx(0.75, rel=1e-5)
-    assert means["value_rmse"] == pytest.approx(((0.5 * returns - 1.0) ** 2).mean().sqrt().item(), rel=1e-5)
     assert pomdp.evaluate_heldout(Known(), loader, 10**9, CPU)["frames"] == sum(games.frames[::3])
 
 
 def test_held_out_games_leave_no_trace_and_are_scored_without_dropout(games):
     torch.manual_seed(0)
     algorithm, loader = pomdp.make_algorithm(settings(rnn_dropout=0.5), CPU), loader_of(games)
-    batch = loader.batch_at(1)
-    algorithm.train_step(batch, batch.pop("prev_actions"), {})  # the scale of advantages is known
-    before, drawn = {name: value.clone() for name, value in algorithm.model.state_dict().items()}, torch.get_rng_state()
+    algorithm.train_step(*loader.batch_at(1), {})  # the scale of advantages is known
+    before, drawn = (
+        {name: value.clone() for name, value in algorithm.model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     one, other = (pomdp.evaluate_heldout(algorithm, loader, 300, CPU) for _ in range(2))
-    assert one == other and one["advantage_scale"] == pytest.approx(before["advantage_square"].sqrt().item())
-    assert all(torch.equal(value, before[name]) for name, value in algorithm.model.state_dict().items())
+    assert one == other and one["advantage_scale"] == pytest.approx(
+        before["advantage_square"].sqrt().item()
+    )
+    assert all(
+        torch.equal(value, before[name]) for name, value in algorithm.model.state_dict().items()
+    )
     assert torch.equal(torch.get_rng_state(), drawn) and algorithm.model.training
 
 
 def test_frames_of_held_out_games_are_those_asked_for(tmp_path, stores_path):
     data = str(Path(__file__).parent / "data" / "nle_data")
-    config = settings(data_path=data, store_path=str(stores_path), batch_size=4, seq_len=8, eval_episodes=0)
+    config = settings(
+        data_path=data, store_path=str(stores_path), batch_size=4, seq_len=8, eval_episodes=0
+    )
     config.eval_heldout_frames = 90
     trainer = pomdp.Trainer(None, config)
     trainer.open(tmp_path / "run")
+    trainer.start_logging()
     trainer.evaluate()
     trainer.close()
-    (row,) = pomdp.cut_metrics(tmp_path / "run" / "metrics.jsonl", 0)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["kind"] == "evaluation"
     assert 64 < row["heldout/frames"] <= 96 and math.isfinite(row["heldout/loss"])
 
 
 # --- nothing is left behind
-def runs(pid):
-    """Whether the process runs; one that has ended may stay listed until init takes notice."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def test_a_dead_worker_is_told_in_one_line_and_closing_removes_everything_in_the_middle_of_games(tmp_path, monkeypatch):
+def test_games_that_are_left_in_the_middle_leave_no_folder(tmp_path, monkeypatch):
+    """NLE makes one a game: while games are played they are there, whatever ends it they go."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pool = GamePool(settings(eval_processes=4, eval_workers=2))
-    pool.tell(("mon-hum-neu", 6))
-    pool.slots["actions"] = SEARCH
-    assert pool.tell() == [] and len(list(tmp_path.glob("*/nle*"))) >= 4, "NLE's folders lie elsewhere"
-    os.kill(pool.processes[0].pid, signal.SIGKILL)
-    with pytest.raises(pomdp.UserError, match="a process that plays games has died; --resume true plays this"):
-        [pool.tell() for _ in range(3)]
-    os.kill(pool.processes[1].pid, signal.SIGSTOP)  # it hears nothing any more
-    begin = time.monotonic()
-    pool.close()
-    assert time.monotonic() - begin < 15 and not any(runs(process.pid) for process in pool.processes)
+    seen = []
+
+    class Failing(Scripted):
+        def vec_act(self, obs, state=None, device="cpu"):
+            seen.append(len(list(tmp_path.iterdir())))
+            if len(seen) == 5:
+                raise KeyboardInterrupt
+            return super().vec_act(obs, state, device)
+
+    with pytest.raises(KeyboardInterrupt):
+        play(Failing())
+    assert min(seen) >= SLOTS, "NLE's folders lie elsewhere"
+    play(Scripted())
     assert list(tmp_path.iterdir()) == []
-
-
-ENDLESS_GAMES = """
-import custom_nethack_pomdp as pomdp
-if __name__ == "__main__":
-    pool = pomdp.GamePool(pomdp.TrainConfig(eval_processes=2, eval_workers=1))
-    pool.tell(("mon-hum-neu", 10**5))
-    print(pool.processes[0].pid, flush=True)
-    while True:
-        pool.slots["actions"] = 75
-        pool.tell()
-"""
-
-
-def test_workers_and_folders_go_with_a_main_process_that_is_killed(tmp_path):
-    (tmp_path / "main.py").write_text(ENDLESS_GAMES, encoding="utf-8")
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "folders")}
-    (tmp_path / "folders").mkdir()
-    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with subprocess.Popen([sys.executable, str(tmp_path / "main.py")], **options) as main:
-        worker = int(main.stdout.readline())
-        assert len([*tmp_path.glob("folders/*/nle*")]) >= 2
-        main.kill()
-    assert wait_until(lambda: not runs(worker) and not [*tmp_path.glob("folders/*")])

@@ -14,7 +14,14 @@ from nle.env.base import NLE
 from nle.env.tasks import NetHackScore
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import BLOCK, KEY_TO_ACTION, NO_ACTION, NUM_ACTIONS, OBSERVATIONS, NetHackGame
+from custom_nethack_pomdp import (
+    BLOCK,
+    KEY_TO_ACTION,
+    NO_ACTION,
+    NUM_ACTIONS,
+    OBSERVATIONS,
+    NetHackGame,
+)
 
 
 def keys(text):
@@ -30,7 +37,9 @@ SPACE, ESC, YES, SEARCH = keys(" \x1bys")
 PRAY, QUIT = (int(KEY_TO_ACTION[int(key)]) for key in (nethack.Command.PRAY, nethack.Command.QUIT))
 MOVES = keys("hjklyubnHJKLYUBN")
 COMMANDS = (nethack.Command.ATTRIBUTES, nethack.Command.OVERVIEW, nethack.Command.EXTCMD)
-MENUS = keys("i\\+DdaewPWTRrqztf^:;/,@_") + [int(KEY_TO_ACTION[int(command)]) for command in COMMANDS]
+MENUS = keys("i\\+DdaewPWTRrqztf^:;/,@_") + [
+    int(KEY_TO_ACTION[int(command)]) for command in COMMANDS
+]
 EIGHT_BIT = [index for index, action in enumerate(nethack.ACTIONS) if int(action) >= 128]
 
 
@@ -46,7 +55,11 @@ def explorer(rng, text, step):
 
 def menu_reader(rng, text, step):
     """Opens menus and turns their pages, so that the status lines are hidden again and again."""
-    return int(rng.choice(MENUS)) if step % 3 == 0 else int(rng.choice([SPACE, *keys(">"), ESC, SEARCH]))
+    return (
+        int(rng.choice(MENUS))
+        if step % 3 == 0
+        else int(rng.choice([SPACE, *keys(">"), ESC, SEARCH]))
+    )
 
 
 def spacer(rng, text, step):
@@ -75,6 +88,17 @@ def typist(rng, text, step):
     return SPACE if b"--More--" in text else keys("E")[0]
 
 
+def result_of(game):
+    """What an evaluation keeps of a game that has ended."""
+    return {
+        "score": game.score,
+        "depth": game.depth,
+        "turns": game.turn,
+        "length": game.steps,
+        "end": game.end,
+    }
+
+
 class Played:
     """A game with all that the player saw, did and was given."""
 
@@ -85,7 +109,9 @@ class Played:
             obs, done = self.take(game, obs, player(rng, obs["tty_chars"].tobytes(), step))
             step += 1
         self.end, step = self.info["end"], 0
-        while then_quit and self.info["end"] != "died":  # only a game that is over gets its line in the xlogfile
+        while (
+            then_quit and self.info["end"] != "died"
+        ):  # only a game that is over gets its line in the xlogfile
             obs, _ = self.take(game, obs, quitter(rng, None, step))
             step += 1
             assert step < 200, "the game cannot be quit"
@@ -96,7 +122,8 @@ class Played:
         self.score_on_screen = int(env.last_observation[env._blstats_index][9])  # NLE's own
         self.obs.append(obs)
         self.actions.append(action)
-        obs, reward, done, self.info = game.step(action)
+        obs, reward, done, _ = game.step(action)
+        self.info = result_of(game)
         self.rewards.append(reward)
         return obs, done
 
@@ -123,7 +150,9 @@ def recordings(tmp_path_factory):
 def stores(recordings, tmp_path_factory):
     characters = sorted({name[:11] for name in recordings[1]})
     path = str(tmp_path_factory.mktemp("stores"))
-    return [pomdp.open_or_build_store(str(recordings[0]), path, character) for character in characters]
+    return [
+        pomdp.open_or_build_store(str(recordings[0]), path, character) for character in characters
+    ]
 
 
 def test_frames_read_back_equal_the_frames_played(recordings, stores):
@@ -133,17 +162,32 @@ def test_frames_read_back_equal_the_frames_played(recordings, stores):
     hidden = [not obs["blstats"].any() for game in left.values() for obs in game.obs]
     assert len(hidden) > 4000 and np.mean(hidden) > 0.02
     for store in stores:
-        assert len(store.index["skipped"]) == len(store.index["passed_over"]) == store.index["unknown_keys"].sum() == 0
+        assert (
+            len(store.index["skipped"])
+            == len(store.index["passed_over"])
+            == store.index["unknown_keys"].sum()
+            == 0
+        )
         for game, name in enumerate(store.names):
             live = left.pop(str(name).split("/")[0])
-            blocks = [store.block(game, number) for number in range(-(-int(store.frames[game]) // BLOCK))]
+            blocks = [
+                store.block(game, number) for number in range(-(-int(store.frames[game]) // BLOCK))
+            ]
             for plane in OBSERVATIONS:
                 read = np.concatenate([block[plane] for block in blocks])
                 seen = np.stack([obs[plane] for obs in live.obs])
                 assert read.shape == seen.shape and read.dtype == seen.dtype
                 wrong = np.argwhere(read != seen)
-                assert not len(wrong), (name, plane, wrong[:5], read[tuple(wrong[0])], seen[tuple(wrong[0])])
-            assert np.concatenate([block["actions"] for block in blocks]).tolist() == same_key(live.actions), name
+                assert not len(wrong), (
+                    name,
+                    plane,
+                    wrong[:5],
+                    read[tuple(wrong[0])],
+                    seen[tuple(wrong[0])],
+                )
+            assert np.concatenate([block["actions"] for block in blocks]).tolist() == same_key(
+                live.actions
+            ), name
             rewards, (at, values) = np.zeros(len(live.rewards)), store.rewards(game)
             rewards[at] = values
             assert rewards.tolist() == live.rewards, name
@@ -154,17 +198,24 @@ def test_batches_show_the_network_what_it_sees_in_the_game(recordings, stores):
     """The same through the loader: the tensors of a batch against the arrays of the game, the previous action too."""
     store = next(store for store in stores if str(store.index["character"]) == "mon-hum-neu")
     number = next(number for number, name in enumerate(store.names) if "any_key" in str(name))
-    live, config = recordings[1]["mon-hum-neu-any_key-0"], pomdp.TrainConfig(seq_len=32, clip_range=1e9)
+    live, config = (
+        recordings[1]["mon-hum-neu-any_key-0"],
+        pomdp.TrainConfig(seq_len=32, clip_range=1e9),
+    )
     loader = pomdp.ChunkLoader(pomdp.Games([store]), [number], config, 1, 1.0)
     previous = [NO_ACTION, *same_key(live.actions)]
     for step in range(loader.plan.steps):
-        batch, first = loader.batch_at(step), 32 * step
+        batch, prev_actions = loader.batch_at(step)
+        first = 32 * step
         for t in range(min(33, len(live.actions) - first)):
-            assert all((batch[name][0, t].numpy() == live.obs[first + t][name]).all() for name in OBSERVATIONS)
+            assert all(
+                (batch[name][0, t].numpy() == live.obs[first + t][name]).all()
+                for name in OBSERVATIONS
+            )
             assert batch["actions"][0, t] == previous[first + t + 1] and batch["mask"][0, t]
             assert batch["rewards"][0, t] == live.rewards[first + t]
             assert batch["dones"][0, t] == (first + t == len(live.actions) - 1)
-        assert batch["prev_actions"][0, 0] == previous[first]
+        assert prev_actions[0, 0] == previous[first]
 
 
 def test_nle_dataset_finds_the_games(recordings, tmp_path):
@@ -181,12 +232,21 @@ def test_nle_dataset_finds_the_games(recordings, tmp_path):
 def test_score_depth_and_turns(recordings):
     """What a game reports at its end, against its rewards, its screen and NLE's own log of it."""
     for name, game in recordings[1].items():
-        info, (xlog,) = game.info, pomdp.parse_xlogfile(next((recordings[0] / name).glob("*.xlogfile")))
-        assert info["score"] == sum(game.rewards) == game.score_on_screen and info["length"] == len(game.actions)
+        info, (xlog,) = (
+            game.info,
+            pomdp.parse_xlogfile(next((recordings[0] / name).glob("*.xlogfile"))),
+        )
+        assert info["score"] == sum(game.rewards) == game.score_on_screen and info["length"] == len(
+            game.actions
+        )
         assert {type(info[key]) for key in ("score", "depth", "turns", "length")} == {int}
         assert xlog["starttime"] == "0"  # the clock does not enter the game
-        assert info["depth"] == int(xlog["deathlev"])  # the frame of game over has no status any more
-        assert 1 <= info["turns"] <= int(xlog["turns"]) < info["turns"] + 30  # the last action may take some
+        assert info["depth"] == int(
+            xlog["deathlev"]
+        )  # the frame of game over has no status any more
+        assert (
+            1 <= info["turns"] <= int(xlog["turns"]) < info["turns"] + 30
+        )  # the last action may take some
         assert not game.terminal["blstats"].any()
     assert any(game.info["score"] > 0 for game in recordings[1].values())
 
@@ -197,7 +257,9 @@ def test_several_games_of_one_env_are_recorded_apart(tmp_path):
     for number, player in enumerate((explorer, quitter, explorer, believer)):
         played.append(Played(game, player, number, then_quit=False))
         if not number:
-            assert any(path.name.endswith(".ttyrec3.bz2") for path in (tmp_path / "games").iterdir())
+            assert any(
+                path.name.endswith(".ttyrec3.bz2") for path in (tmp_path / "games").iterdir()
+            )
             with pytest.raises(pomdp.UserError, match="no games of val-hum-neu"):
                 pomdp.find_games(str(tmp_path), "val-hum-neu")
     game.close()
@@ -212,7 +274,9 @@ def test_several_games_of_one_env_are_recorded_apart(tmp_path):
 def make_game():
     """NetHackGame whose games are closed after the test."""
     games = []
-    yield lambda *arguments, **options: games.append(NetHackGame(*arguments, **options)) or games[-1]
+    yield (
+        lambda *arguments, **options: games.append(NetHackGame(*arguments, **options)) or games[-1]
+    )
     for game in games:
         game.close()
 
@@ -220,16 +284,26 @@ def make_game():
 def everything(game):
     """Of a Played, comparable."""
     screens = [obs[name].tobytes() for obs in [*game.obs, game.terminal] for name in OBSERVATIONS]
-    return game.actions, game.rewards, screens, [game.info[key] for key in pomdp.GameResult._fields[1:]]
+    return (
+        game.actions,
+        game.rewards,
+        screens,
+        [game.info[key] for key in pomdp.GameResult._fields[1:]],
+    )
 
 
 @pytest.mark.parametrize("player", [any_key, believer])
 def test_seeds_make_the_game(make_game, player):
     """The same seeds give the same game, whatever was played before, and in another environment too."""
     game = make_game("val-hum-neu", max_steps=400)
-    first, other, again = (everything(Played(game, player, seed, then_quit=False)) for seed in (7, 8, 7))
+    first, other, again = (
+        everything(Played(game, player, seed, then_quit=False)) for seed in (7, 8, 7)
+    )
     assert first == again and first[2] != other[2]
-    assert everything(Played(make_game("val-hum-neu", max_steps=400), player, 7, then_quit=False)) == first
+    assert (
+        everything(Played(make_game("val-hum-neu", max_steps=400), player, 7, then_quit=False))
+        == first
+    )
 
 
 # --- wizard mode reaches shops quickly: keys that go to a level, and to a random place on it
@@ -242,10 +316,17 @@ def visit_levels(seed, birthday, after_reset):
     typed = {key: index for index, key in enumerate(dict.fromkeys("".join([*LEVELS, TELEPORT])))}
     with contextlib.closing(NetHackGame("mon-hum-neu")) as game:
         game.env.close()
-        options = dict(actions=tuple(map(ord, typed)), observation_keys=OBSERVATIONS, wizard=True, save_ttyrec_every=0)
+        options = dict(
+            actions=tuple(map(ord, typed)),
+            observation_keys=OBSERVATIONS,
+            wizard=True,
+            save_ttyrec_every=0,
+        )
         if "fix_moon_phase" in inspect.signature(NLE.__init__).parameters:
             options["fix_moon_phase"] = True
-        game.env = NetHackScore(character="mon-hum-neu", allow_all_yn_questions=True, allow_all_modes=True, **options)
+        game.env = NetHackScore(
+            character="mon-hum-neu", allow_all_yn_questions=True, allow_all_modes=True, **options
+        )
         own_reset = game.env.reset
 
         def set_clock():
@@ -263,7 +344,9 @@ def visit_levels(seed, birthday, after_reset):
         if after_reset:
             set_clock()
         for level in LEVELS:
-            screens += [game.step(typed[key])[0]["tty_chars"].copy() for key in level + 25 * TELEPORT]
+            screens += [
+                game.step(typed[key])[0]["tty_chars"].copy() for key in level + 25 * TELEPORT
+            ]
     return np.stack(screens)
 
 
@@ -271,7 +354,9 @@ def test_games_do_not_depend_on_the_clock():
     """NetHack names shopkeepers by the time at which the game began, and the game goes on accordingly."""
     now, minutes, year = (1_000_000_000 + seconds for seconds in (0, 600, 31_536_000))
     seeds = (1, 3, 7, 35)
-    assert any((visit_levels(seed, now, True) != visit_levels(seed, year, True)).any() for seed in seeds)
+    assert any(
+        (visit_levels(seed, now, True) != visit_levels(seed, year, True)).any() for seed in seeds
+    )
     for seed in seeds:
         first = visit_levels(seed, now, False)
         assert (first == visit_levels(seed, minutes, False)).all()
@@ -292,18 +377,23 @@ def test_observations_are_the_callers_own_and_have_their_types(make_game):
             obs[name][...] = rng.integers(0, 100)
         obs, *_ = game.step(action)
         assert all((obs[name] == expected[name]).all() for name in OBSERVATIONS)
-    into = {name: np.zeros(shape, kind) for name, (kind, *shape) in pomdp.OBSERVATION_SHAPES.items()}
+    into = {
+        name: np.zeros(shape, kind) for name, (kind, *shape) in pomdp.OBSERVATION_SHAPES.items()
+    }
     given = make_game("val-hum-neu", into=into).reset(3, 4)
-    assert all(given[name] is into[name] and (given[name] == frames[0][name]).all() for name in OBSERVATIONS)
+    assert all(
+        given[name] is into[name] and (given[name] == frames[0][name]).all()
+        for name in OBSERVATIONS
+    )
 
 
 def until_done(game, actions):
     """Number of steps until the game is done, and its info."""
     for count, action in enumerate(actions, start=1):
-        _, reward, done, info = game.step(action)
-        assert isinstance(reward, float) and done == ("end" in info)
+        _, reward, done, _ = game.step(action)
+        assert isinstance(reward, float) and done == (game.end in pomdp.ENDS)
         if done:
-            return count, info
+            return count, result_of(game)
     return None, {}
 
 
@@ -314,7 +404,13 @@ def test_no_progress(make_game):
     assert until_done(game, [ESC] * 999) == (None, {})
     game.reset(1, 2)
     count, info = until_done(game, [ESC] * 2000)
-    assert [info[key] for key in pomdp.GameResult._fields[1:]] == [0, 1, 1, count, "no progress"] and count == 1000
+    assert [info[key] for key in pomdp.GameResult._fields[1:]] == [
+        0,
+        1,
+        1,
+        count,
+        "no progress",
+    ] and count == 1000
     game.reset(1, 2)  # menus, questions and unknown commands take no turn either
     count, info = until_done(game, (keys("i") + [ESC] + keys("d") + [ESC, SPACE]) * 400)
     assert count == 1000 and info["end"] == "no progress"
@@ -330,15 +426,25 @@ def test_step_limit_and_the_end_of_a_game_at_the_same_step(make_game):
         for _ in range(2):  # each game has the whole limit
             game.reset(1, 2)
             count, info = until_done(game, [SEARCH] * 1000)
-            assert (count, info["end"], info["length"]) == (limit, "step limit", limit) and info["turns"] > limit * 0.5
+            assert (count, info["end"], info["length"]) == (limit, "step limit", limit) and info[
+                "turns"
+            ] > limit * 0.5
         game.reset(1, 2)
         count, info = until_done(game, [QUIT, YES])
-        assert info["end"] == ("step limit" if limit == 1 else "died") and info["length"] == count == min(limit, 2)
+        assert info["end"] == ("step limit" if limit == 1 else "died") and info[
+            "length"
+        ] == count == min(limit, 2)
 
 
-def test_character_is_the_one_asked_for_and_without_savedir_nothing_is_recorded(make_game, tmp_path, monkeypatch):
+def test_character_is_the_one_asked_for_and_without_savedir_nothing_is_recorded(
+    make_game, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    for character, rank in (("mon-hum-neu", "Candidate"), ("val-hum-neu", "Stripling"), ("ran-hum-neu", "Tenderfoot")):
+    for character, rank in (
+        ("mon-hum-neu", "Candidate"),
+        ("val-hum-neu", "Stripling"),
+        ("ran-hum-neu", "Tenderfoot"),
+    ):
         game = make_game(character, max_steps=20)
         row = Played(game, explorer, 1, then_quit=False).obs[0]["tty_chars"][22].tobytes().decode()
         assert rank in row and "Neutral" in row

@@ -38,11 +38,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server, content, wanted = self.server, self.server.files.get(self.path), self.headers.get("Range")
+        server, content, wanted = (
+            self.server,
+            self.server.files.get(self.path),
+            self.headers.get("Range"),
+        )
         if content is None:
             self.send_error(404)
             return
-        first = int(re.fullmatch(r"bytes=(\d+)-", wanted).group(1)) if wanted and server.ranges else 0
+        first = (
+            int(re.fullmatch(r"bytes=(\d+)-", wanted).group(1)) if wanted and server.ranges else 0
+        )
         self.send_response(206 if first else 200)
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
@@ -60,7 +66,13 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.breaks, server.ranges, server.claimed, server.asked = {TASTER: zipped(PLAIN)}, 0, True, 0, []
+    server.files, server.breaks, server.ranges, server.claimed, server.asked = (
+        {TASTER: zipped(PLAIN)},
+        0,
+        True,
+        0,
+        [],
+    )
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
@@ -69,19 +81,29 @@ def server():
 
 def get(server, *arguments):
     """-> exit code, standard output, last line of standard error."""
-    environment = {**os.environ, "NLD_URL": f"http://127.0.0.1:{server.server_port}", "NLD_PAUSE": "0"}
+    environment = {
+        **os.environ,
+        "NLD_URL": f"http://127.0.0.1:{server.server_port}",
+        "NLD_PAUSE": "0",
+    }
     command = ["bash", str(ROOT / "scripts" / "get_nld_aa.sh"), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, (done.stderr.splitlines() or [""])[-1]
 
 
 def files_of(out):
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("[!.]*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("[!.]*")
+        if path.is_file()
+    }
 
 
 def test_games_are_fetched_and_can_be_found_and_are_not_fetched_twice(tmp_path, server):
     folder = ROOT / "tests" / "data" / "nle_data" / "mon-hum-neu-1-4"
-    server.files[TASTER] = zipped({f"nle_data/one/{path.name}": path.read_bytes() for path in folder.iterdir()})
+    server.files[TASTER] = zipped(
+        {f"nle_data/one/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    )
     out = tmp_path / "some games"
     assert get(server, out)[0] == 0
     games, problems = pomdp.find_nld_games(out, "mon-hum-neu")
@@ -92,15 +114,25 @@ def test_games_are_fetched_and_can_be_found_and_are_not_fetched_twice(tmp_path, 
 
 
 def test_parts_have_the_names_of_the_data_set(tmp_path, server):
-    server.files = {f"/nld-aa/nld-aa-dir-{part}.zip": zipped({f"{part}/game": part}) for part in ("aa", "ab", "ap")}
+    server.files = {
+        f"/nld-aa/nld-aa-dir-{part}.zip": zipped({f"{part}/game": part})
+        for part in ("aa", "ab", "ap")
+    }
     assert get(server, tmp_path, "aa", "ap")[0] == 0
     assert files_of(tmp_path) == {"aa/game": b"aa", "ap/game": b"ap"}
-    code, _, error = get(server, tmp_path, "all")  # goes through the letters, up to the first that is missing
-    assert code == 2 and "nld-aa-dir-ac.zip cannot be fetched" in error and "ab/game" in files_of(tmp_path)
+    code, _, error = get(
+        server, tmp_path, "all"
+    )  # goes through the letters, up to the first that is missing
+    assert (
+        code == 2
+        and "nld-aa-dir-ac.zip cannot be fetched" in error
+        and "ab/game" in files_of(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(
-    "ranges, asked", [(True, [None, "bytes=100000-", "bytes=200000-"]), (False, [None, "bytes=100000-", None])]
+    "ranges, asked",
+    [(True, [None, "bytes=100000-", "bytes=200000-"]), (False, [None, "bytes=100000-", None])],
 )
 def test_a_broken_connection_goes_on_where_it_stopped(tmp_path, server, ranges, asked):
     """Or from the beginning, where the server cannot go on in the middle."""
@@ -109,8 +141,14 @@ def test_a_broken_connection_goes_on_where_it_stopped(tmp_path, server, ranges, 
 
 
 def test_the_next_command_goes_on_too(tmp_path, server):
-    (tmp_path / ".nld-aa-taster.zip").write_bytes(server.files[TASTER][:1000])  # left by a command that was killed
-    assert get(server, tmp_path)[0] == 0 and files_of(tmp_path) == PLAIN and server.asked == ["bytes=1000-"]
+    (tmp_path / ".nld-aa-taster.zip").write_bytes(
+        server.files[TASTER][:1000]
+    )  # left by a command that was killed
+    assert (
+        get(server, tmp_path)[0] == 0
+        and files_of(tmp_path) == PLAIN
+        and server.asked == ["bytes=1000-"]
+    )
 
 
 def test_a_changed_byte_is_noticed_before_anything_is_unpacked(tmp_path, server):
@@ -120,7 +158,9 @@ def test_a_changed_byte_is_noticed_before_anything_is_unpacked(tmp_path, server)
     code, _, error = get(server, tmp_path)
     assert code == 2 and "damaged" in error and not files_of(tmp_path)
     server.files[TASTER] = content
-    assert get(server, tmp_path)[0] == 0 and files_of(tmp_path) == PLAIN, "the damaged archive was kept"
+    assert get(server, tmp_path)[0] == 0 and files_of(tmp_path) == PLAIN, (
+        "the damaged archive was kept"
+    )
 
 
 def link(name):
@@ -129,7 +169,9 @@ def link(name):
     return info
 
 
-@pytest.mark.parametrize("hostile", ["../out.txt", "a/../../out.txt", "/tmp/out.txt", link("a")], ids=str)
+@pytest.mark.parametrize(
+    "hostile", ["../out.txt", "a/../../out.txt", "/tmp/out.txt", link("a")], ids=str
+)
 def test_archives_that_lead_outside_are_refused(tmp_path, server, hostile):
     server.files[TASTER] = zipped({"good": b"1", hostile: b"/etc"})
     code, _, error = get(server, tmp_path / "out")

@@ -24,7 +24,10 @@ def look(capsys, stores_path):
     """The report on a folder as JSON, by character."""
 
     def report(*arguments):
-        assert inspect_data.main([*map(str, arguments), "--store_path", str(stores_path), "--json"]) == 0
+        assert (
+            inspect_data.main([*map(str, arguments), "--store_path", str(stores_path), "--json"])
+            == 0
+        )
         return {told["character"]: told for told in json.loads(capsys.readouterr().out)}
 
     return report
@@ -41,7 +44,9 @@ def folder(tmp_path):
 def test_numbers_are_those_of_the_recordings(look, folder):
     """Against the recordings themselves, read here."""
     told = look(folder)
-    assert list(told) == [MONK, VALKYRIE] and told[MONK]["games"] == 2 and told[MONK]["heldout"] == 1
+    assert (
+        list(told) == [MONK, VALKYRIE] and told[MONK]["games"] == 2 and told[MONK]["heldout"] == 1
+    )
     for game in told[MONK]["of_each_game"]:
         frames = pomdp.read_ttyrec(str(folder / game["name"]))
         play = slice(pomdp.find_first_frame(frames), pomdp.find_end_of_play(frames))
@@ -50,7 +55,10 @@ def test_numbers_are_those_of_the_recordings(look, folder):
         assert (game["turns"], game["depth"]) == (stats[:, 20].max(), stats[:, 12].max())
     size = (Path(told[MONK]["store"]) / "frames.bin").stat().st_size
     assert told[MONK]["frames"] == sum(game["frames"] for game in told[MONK]["of_each_game"])
-    assert told[MONK]["bytes_a_frame"] == pytest.approx(size / told[MONK]["frames"]) and not told[MONK]["skipped"]
+    assert (
+        told[MONK]["bytes_a_frame"] == pytest.approx(size / told[MONK]["frames"])
+        and not told[MONK]["skipped"]
+    )
     assert list(look(folder, "--character", MONK)) == [MONK]
 
 
@@ -66,7 +74,9 @@ def test_stores_and_katakomba_s_files_are_known(look, tmp_path, stores):
     rewards = np.diff(frames.scores, append=frames.scores[-1]).clip(min=0)
     arrays = (frames.chars, frames.colors, frames.cursor, frames.actions, rewards)
     with h5py.File(tmp_path / f"data-{MONK}-any.hdf5", "w") as file:
-        for name, array in zip(("tty_chars", "tty_colors", "tty_cursor", "actions", "rewards"), arrays):
+        for name, array in zip(
+            ("tty_chars", "tty_colors", "tty_cursor", "actions", "rewards"), arrays
+        ):
             file[f"0/{name}"] = array
     wanted = told[MONK]["of_each_game"][1]["frames"]
     for place in (tmp_path, tmp_path / f"data-{MONK}-any.hdf5"):
@@ -79,14 +89,26 @@ def test_what_is_left_out_is_named(look, folder, stores_path):
     damaged = next((folder / "mon-hum-neu-1-1").glob("*.bz2"))
     damaged.write_bytes(damaged.read_bytes()[:1000])
     next(third.glob("*.bz2")).unlink()
-    command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py"), str(folder), "--store_path", str(stores_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "inspect_data.py"),
+        str(folder),
+        "--store_path",
+        str(stores_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     monk, valkyrie = done.stdout.split("\n\n")
-    assert done.returncode == 0 and monk.startswith("mon-hum-neu: 1 games (0 held out), 432 frames, ")
+    assert done.returncode == 0 and monk.startswith(
+        "mon-hum-neu: 1 games (0 held out), 432 frames, "
+    )
     frames, score = (row.split() for row in monk.splitlines()[2:4])
     assert frames == ["frames", *["432.0"] * 4] and score == ["score", *["36.0"] * 4]
     left_out = [line for line in monk.splitlines() if "left out:" in line]
-    assert len(left_out) == 2 and str(damaged) in left_out[0] and str(next(third.glob("*.xlogfile"))) in left_out[1]
+    assert (
+        len(left_out) == 2
+        and str(damaged) in left_out[0]
+        and str(next(third.glob("*.xlogfile"))) in left_out[1]
+    )
     assert "left out" not in valkyrie
     assert len(look(folder)[MONK]["skipped"]) == 2
 
@@ -101,6 +123,8 @@ def test_mistakes_get_one_line(tmp_path, stores, capsys):
         "did you mean mon-hum-neu": [GAMES, "--character", "mon-hum-neo"],
         "no games of wiz-elf-cha in": [GAMES, "--character", "wiz-elf-cha"],
     }.items():
-        assert inspect_data.main([*map(str, arguments), "--store_path", str(tmp_path / "stores")]) == 2
+        assert (
+            inspect_data.main([*map(str, arguments), "--store_path", str(tmp_path / "stores")]) == 2
+        )
         error = capsys.readouterr().err
         assert error.startswith("error: ") and says in error and error.count("\n") == 1

@@ -28,6 +28,13 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def as_logged(path):
+    """The rows as wandb has them, which does not get their kind."""
+    rows = rows_of(path)
+    assert {row.pop("kind") for row in rows} <= {"training", "evaluation"}
+    return rows
+
+
 def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -35,33 +42,44 @@ def files_below(folder):
 # --- rows and lines
 def test_rows_are_lines_of_json_and_are_added_to_what_is_there(tmp_path):
     logger = RunLogger(TrainConfig(), tmp_path)  # tests run with WANDB_MODE=disabled
-    logger.log({"step": 3, "transitions": 192, "loss": 1.5, "train/nan": math.nan, "train/inf": -math.inf})
+    metrics = {"step": 3, "transitions": 192, "loss": 1.5}
+    logger.log("training", {**metrics, "train/nan": math.nan, "train/inf": -math.inf})
     # Read before the file is closed: a run that is killed keeps its rows.
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert "NaN" not in text and "Infinity" not in text, "JSON knows neither"
-    first = {"step": 3, "transitions": 192, "loss": 1.5, "train/nan": None, "train/inf": None}
+    first = {"kind": "training", **metrics, "train/nan": None, "train/inf": None}
     assert json.loads(text) == first
     logger.close()
     logger = RunLogger(TrainConfig(), tmp_path)
-    logger.log({"step": 4, "reward_mean": 7})
+    logger.log("evaluation", {"step": 4, "reward_mean": 7})
     logger.close()
-    assert rows_of(tmp_path / "metrics.jsonl") == [first, {"step": 4, "reward_mean": 7}]
+    assert rows_of(tmp_path / "metrics.jsonl") == [
+        first,
+        {"kind": "evaluation", "step": 4, "reward_mean": 7},
+    ]
     assert files_below(tmp_path) == ["metrics.jsonl"]
 
 
 def test_lines_for_readers_of_standard_output(capfd):
     """Counts keep all their digits: a step of 1e+06 is no number of a step to a reader that looks for digits."""
-    pomdp.say_metrics("TRAIN_METRICS", {"step": 1_234_567, "transitions": 512_000_000, "loss": 0.123456789})
-    pomdp.say_metrics("TEST_METRICS", {"normalized_score": 0.0213, "normalized_score_mon_hum_neu": 1e-7})
+    pomdp.say_metrics(
+        "TRAIN_METRICS", {"step": 1_234_567, "transitions": 512_000_000, "loss": 0.123456789}
+    )
+    pomdp.say_metrics(
+        "TEST_METRICS", {"normalized_score": 0.0213, "normalized_score_mon_hum_neu": 1e-7}
+    )
     assert capfd.readouterr().out.splitlines() == [
         "TRAIN_METRICS step=1234567 transitions=512000000 loss=0.123457",
         "TEST_METRICS normalized_score=0.0213 normalized_score_mon_hum_neu=1e-07",
     ]
 
 
+T1, T2, T3 = [json.dumps({"kind": "training", "step": step}) + "\n" for step in (1, 2, 3)]
+E1, E2 = [json.dumps({"kind": "evaluation", "step": step}) + "\n" for step in (1, 2)]
 ROWS_KEPT = {
-    '{"step": 1}\n{"step": 2}\n{"step": 2, "a": 1}\n{"step": 3}\n': 3,
-    '{"step": 1}\n{"step": 2, "lo': 1,  # a row that was cut short
+    (T1 + T2 + E1 + T3): 3,
+    (T1 + E1 + T2 + E2): 3,  # the checkpoint was written before the evaluation
+    (T1 + T2 + '{"kind": "training", "step": 2, "lo'): 2,  # a row that was cut short
     "": 0,
     None: 0,  # no file yet
 }
@@ -72,9 +90,10 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path, text, kept):
     path = tmp_path / "metrics.jsonl"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    rows = pomdp.cut_metrics(path, 2)
-    assert path.read_text(encoding="utf-8").splitlines() == (text or "").splitlines()[:kept]
-    assert rows == rows_of(path) and files_below(tmp_path) == ["metrics.jsonl"]
+    pomdp.cut_metrics(path, step=2, evaluated=1)
+    assert files_below(tmp_path) == ["metrics.jsonl"] * (text is not None)
+    if text is not None:
+        assert path.read_text(encoding="utf-8").splitlines() == text.splitlines()[:kept]
 
 
 # --- wandb itself, offline
@@ -89,8 +108,8 @@ logger = pomdp.RunLogger(pomdp.TrainConfig(group="quick", batch_size=5), folder,
 print("ID", logger.run and logger.run.id)
 for step in (1, 2, 3):
     row = {"loss": 3.0 / step, "train/accuracy": step / 10, "mon-hum-neu/reward_mean": 2.0 ** (40 + step)}
-    logger.log({"step": step, "transitions": 64 * step, **row})
-logger.log({"step": 3, "transitions": 192, "eval/normalized_score": 0.0125})
+    logger.log("training", {"step": step, "transitions": 64 * step, **row})
+logger.log("evaluation", {"step": 3, "transitions": 192, "eval/normalized_score": 0.0125})
 logger.close()
 """
 OFFLINE = {"WANDB_MODE": "offline"}
@@ -98,12 +117,16 @@ OFFLINE = {"WANDB_MODE": "offline"}
 
 def log_some_rows(folder, *arguments, **variables):
     """Runs PROGRAM as a user without an account: a home of its own, and none of this process's wandb settings."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB")
+    }
     environment.update(HOME=str(folder / "home"), PYTHONPATH=str(ROOT), **variables)
     for name in ("home", "cwd"):
         (folder / name).mkdir(exist_ok=True)
     command = [sys.executable, "-c", PROGRAM, str(folder / "quick-v0" / "run"), *arguments]
-    options = dict(capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, check=False)
+    options = dict(
+        capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, check=False
+    )
     result = subprocess.run(command, cwd=folder / "cwd", env=environment, **options)
     assert files_below(folder / "cwd") == [], "a run writes into its own folder only"
     return result
@@ -113,7 +136,9 @@ def read_back(data):
     """wandb's own reading of an offline run -> (rows, all records)."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(data)]
     environment = {**os.environ, "HOME": str(data)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
     records = [json.loads(line) for line in result.stdout.splitlines()]
     return [record["history"]["item"] for record in records if record["type"] == "history"], records
 
@@ -128,7 +153,9 @@ WAYS = {  # how a run comes to be logged offline -> variables
     "neither key nor mode": {},
     "online, but there is no key": {"WANDB_MODE": "online"},
     "no such mode": {"WANDB_MODE": "nonsense"},
-    "a key, but no server": dict(WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3"),
+    "a key, but no server": dict(
+        WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3"
+    ),
 }
 
 
@@ -138,7 +165,9 @@ def logged(tmp_path_factory):
     folders = {way: tmp_path_factory.mktemp("offline") for way in WAYS}
     with ThreadPoolExecutor(2) as pool:
         futures = {way: pool.submit(log_some_rows, folders[way], **WAYS[way]) for way in WAYS}
-    return {way: (folders[way] / "quick-v0" / "run", future.result()) for way, future in futures.items()}
+    return {
+        way: (folders[way] / "quick-v0" / "run", future.result()) for way, future in futures.items()
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -148,14 +177,16 @@ def test_an_offline_run_holds_what_metrics_jsonl_holds(logged, way):
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     if way not in ("asked for", "neither key nor mode"):
         assert re.search("^warning: wandb.*offline$", result.stderr, re.MULTILINE), result.stderr
-    rows, (data,) = rows_of(folder / "metrics.jsonl"), folder.glob("wandb/offline-run-*")
+    rows, (data,) = as_logged(folder / "metrics.jsonl"), folder.glob("wandb/offline-run-*")
     assert [row["step"] for row in rows] == [1, 2, 3, 3], "rows of the same step are all kept"
     shown, records = read_back(data)
     assert plain(shown) == rows
     run = next(record["run"] for record in records if record["type"] == "run")
     assert (run["project"], run["run_group"], run["display_name"]) == ("NetHack", "quick-v0", "run")
     assert f"ID {run['run_id']}" in result.stdout.splitlines()
-    config = {name: value for name, value in run["config"]["update"].items() if not name.startswith("_")}
+    config = {
+        name: value for name, value in run["config"]["update"].items() if not name.startswith("_")
+    }
     assert config == {**pomdp.asdict(TrainConfig()), "group": "quick", "batch_size": 5}
 
 
@@ -185,7 +216,9 @@ def run_on_a_terminal(command, **options):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     shown = b""
     with tempfile.TemporaryFile() as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=theirs, **options)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=theirs, **options
+        )
         os.close(theirs)
         with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
             while part := os.read(mine, 65536):
@@ -202,22 +235,45 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
     The first part runs on a terminal, the second does not.
     """
     (tmp_path / "small.py").write_text(SMALL_RUN, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB")
+    }
     environment.update(HOME=str(tmp_path), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **OFFLINE)
-    settings = dict(data_path=GAMES, store_path=stores_path, character="mon-hum-neu", batch_size=4, seq_len=8)
-    settings.update(log_every=1, eval_every=2, eval_episodes=1, eval_processes=1, eval_workers=1, eval_max_steps=5)
+    settings = dict(
+        data_path=GAMES, store_path=stores_path, character="mon-hum-neu", batch_size=4, seq_len=8
+    )
+    settings.update(
+        log_every=1,
+        eval_every=2,
+        eval_episodes=1,
+        eval_processes=1,
+        eval_max_steps=5,
+    )
     settings.update(eval_heldout_frames=64)
-    command = [sys.executable, "small.py", *(f"--{name}={value}" for name, value in settings.items())]
+    command = [
+        sys.executable,
+        "small.py",
+        *(f"--{name}={value}" for name, value in settings.items()),
+    ]
     out, shown = run_on_a_terminal([*command, "--update_steps", "2"], env=environment, cwd=tmp_path)
     assert re.search(r"100%\|[^|]+\| 2/2 ", shown), shown
     assert "TRAIN_METRICS" not in shown and re.search("^TRAIN_METRICS step=2 ", out, re.MULTILINE)
-    options = dict(env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    options = dict(
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     result = subprocess.run([*command, "--update_steps", "4", "--resume", "true"], **options)
     assert result.returncode == 0, result.stderr
     assert not re.search(r"\r|%\|", result.stderr), "a bar where there is no terminal"
     (folder,) = (tmp_path / "runs").glob("custom*/*")
-    parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
-    assert len(parts) == 2 and len({path.name for path in parts}) == 1, "the resumed part is another run to wandb"
-    shown, rows = [row for part in parts for row in read_back(part.parent)[0]], rows_of(folder / "metrics.jsonl")
+    parts = sorted(
+        folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime
+    )
+    assert len(parts) == 2 and len({path.name for path in parts}) == 1, (
+        "the resumed part is another run to wandb"
+    )
+    shown, rows = (
+        [row for part in parts for row in read_back(part.parent)[0]],
+        as_logged(folder / "metrics.jsonl"),
+    )
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
     assert plain(shown) == rows and [row["_step"] for row in shown] == list(range(6))

@@ -25,8 +25,17 @@ QUITTING = [27, 27, ord("q") + 128, ord("y")]
 
 def record(out, *more):
     """Runs the command line as a user would; returns its standard output."""
-    command = [sys.executable, str(ROOT / "scripts" / "record_games.py"), "--character", CHARACTER, "--out", str(out)]
-    done = subprocess.run([*command, "--seed", str(SEED), *more], capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "record_games.py"),
+        "--character",
+        CHARACTER,
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [*command, "--seed", str(SEED), *more], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -54,10 +63,16 @@ def replay(name, steps):
     seen, keys, done, obs = [], [], False, game.reset(core, disp)
     while not done and len(keys) < steps:
         seen.append(obs)
-        keys.append(KEYS[player.act({name: obs[name] for name in ("tty_chars", "tty_colors", "tty_cursor")})])
+        keys.append(
+            KEYS[
+                player.act({name: obs[name] for name in ("tty_chars", "tty_colors", "tty_cursor")})
+            ]
+        )
         obs, _, done, _ = game.step(nethack.ACTIONS.index(keys[-1]))
     game.close()
-    return [np.stack([obs[name] for obs in seen]) for name in ("tty_chars", "tty_colors", "tty_cursor")], keys
+    return [
+        np.stack([obs[name] for obs in seen]) for name in ("tty_chars", "tty_colors", "tty_cursor")
+    ], keys
 
 
 def test_layout_is_that_of_nle_s_dataset(recorded, tmp_path):
@@ -66,11 +81,17 @@ def test_layout_is_that_of_nle_s_dataset(recorded, tmp_path):
     assert sorted(os.listdir(out)) == [f"{CHARACTER}-{SEED}-{k}" for k in range(2)]
     for folder in out.iterdir():
         game, log = sorted(folder.iterdir())
-        assert re.fullmatch(r"nle\.\d+\.0\.ttyrec3\.bz2", game.name) and log.stat().st_mode & 0o777 == 0o644
+        assert (
+            re.fullmatch(r"nle\.\d+\.0\.ttyrec3\.bz2", game.name)
+            and log.stat().st_mode & 0o777 == 0o644
+        )
         assert re.fullmatch(r"[^\n]*\trole=Ran\t[^\n]*\tdeath=quit\t[^\n]*\n", log.read_text())
     dataset.db.create(str(tmp_path / "db"))
     dataset.add_nledata_directory(str(out), "games", str(tmp_path / "db"))
-    assert len(dataset.TtyrecDataset("games", batch_size=1, dbfilename=str(tmp_path / "db"))._gameids) == 2
+    assert (
+        len(dataset.TtyrecDataset("games", batch_size=1, dbfilename=str(tmp_path / "db"))._gameids)
+        == 2
+    )
 
 
 def test_frames_are_what_the_player_saw(recorded):
@@ -85,7 +106,8 @@ def test_frames_are_what_the_player_saw(recorded):
 def test_same_seed_same_games_whatever_the_workers(recorded, tmp_path):
     record(tmp_path / "out", "--games", "2", "--max_steps", str(STEPS), "--workers", "2")
     one, two = (
-        [read(folder / f"{CHARACTER}-{SEED}-{k}")[0] for k in range(2)] for folder in (recorded[1], tmp_path / "out")
+        [read(folder / f"{CHARACTER}-{SEED}-{k}")[0] for k in range(2)]
+        for folder in (recorded[1], tmp_path / "out")
     )
     for array, again in zip(one[0] + one[1], two[0] + two[1]):
         np.testing.assert_array_equal(array, again)
@@ -96,7 +118,8 @@ def test_adding_to_a_recording(recorded, capsys):
     _, out = recorded
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     same = ["--character", CHARACTER, "--seed", str(SEED), "--out", str(out), "--max_steps", "20"]
-    assert record_games.main([*same, "--games", "3"]) == 2  # nothing is played when part of it exists already
+    # nothing is played when part of it exists already
+    assert record_games.main([*same, "--games", "3"]) == 2
     assert re.fullmatch("error: .* already holds 2 of these games.*\n", capsys.readouterr().err)
     assert record_games.main([*same, "--games", "1", "--first", "2"]) == 0
     assert sorted(os.listdir(out)) == [f"{CHARACTER}-{SEED}-{k}" for k in range(3)]
@@ -105,7 +128,10 @@ def test_adding_to_a_recording(recorded, capsys):
 
 def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys):
     for says, arguments in {
-        "unknown character 'mon-hum-neut'; did you mean mon-hum-neu": ["--character", "mon-hum-neut"],
+        "unknown character 'mon-hum-neut'; did you mean mon-hum-neu": [
+            "--character",
+            "mon-hum-neut",
+        ],
         "--player wants module:function": ["--player", "scripted_player"],
         "cannot load the player": ["--player", "no_such_module:function"],
         "it is not callable": ["--player", "scripted_player:KEYS"],

@@ -22,8 +22,12 @@ MEAN = {MONK: 17456.05, VALKYRIE: 18624.77}
 def row(algorithm="ours", seed=1, scores=(10.0, 20.0), character=MONK, losses=(), **others):
     """A row as study.py writes it."""
     games = {place: {"loss_per_action": loss} for place, loss in enumerate(losses)}
-    content = dict(study="made", algorithm=algorithm, variant="default", settings=algorithm, seed=seed)
-    content.update(characters=[character], scores={character: list(scores)}, evaluation={"eval_seed": 50})
+    content = dict(
+        study="made", algorithm=algorithm, variant="default", settings=algorithm, seed=seed
+    )
+    content.update(
+        characters=[character], scores={character: list(scores)}, evaluation={"eval_seed": 50}
+    )
     content.update(heldout={"loss_per_action": 1.25}, curve=[[100, 2.0, 2.5], [200, 1.25, 1.5]])
     content.update(ends={character: {"died": len(scores), "no progress": 0, "step limit": 0}})
     content.update({"heldout_games": {character: games}} if games else {}, **others)
@@ -44,23 +48,30 @@ def table_of(rows, baseline="ours"):
 
 
 def numbers(cell):
-    return [float(part) for part in cell.replace(", ", " ").replace(",", "").replace("[", "").strip("*]").split()]
+    return [
+        float(part)
+        for part in cell.replace(", ", " ").replace(",", "").replace("[", "").strip("*]").split()
+    ]
 
 
 def test_scores_are_those_of_the_games_of_all_seeds():
     rng = np.random.default_rng(1)
     scores = [np.floor(rng.lognormal(level, 1.0, 60)).tolist() for level in (5.0, 5.5)]
     ends = {MONK: {"died": 50, "no progress": 7, "step limit": 3}}
-    line = table_of([row(scores=scores[0], ends=ends), row("bc"), row(seed=2, scores=scores[1], ends=ends)])[
-        MONK, "ours"
-    ]
+    line = table_of(
+        [row(scores=scores[0], ends=ends), row("bc"), row(seed=2, scores=scores[1], ends=ends)]
+    )[MONK, "ours"]
     games = np.array([*scores[0], *scores[1]])
     half = 1.96 * games.std() / math.sqrt(120)  # the normal interval is near
     mean, low, high = numbers(line["points [95 %]"])
     assert mean == round(games.mean(), 1) and (line["seeds"], line["games"]) == ("2", "120")
-    assert low == pytest.approx(mean - half, abs=0.2 * half) and high == pytest.approx(mean + half, abs=0.2 * half)
+    assert low == pytest.approx(mean - half, abs=0.2 * half) and high == pytest.approx(
+        mean + half, abs=0.2 * half
+    )
     score = numbers(line["normalized score [95 %]"])
-    assert score == pytest.approx([mean / MEAN[MONK], low / MEAN[MONK], high / MEAN[MONK]], abs=6e-5)
+    assert score == pytest.approx(
+        [mean / MEAN[MONK], low / MEAN[MONK], high / MEAN[MONK]], abs=6e-5
+    )
     assert line["died / no progress / step limit"] == "100 / 14 / 6"
 
 
@@ -69,7 +80,9 @@ def test_differences_are_between_equal_games():
     scores, hard = np.arange(0.0, 200.0, 10.0), np.linspace(0.5, 3.0, 9)
     rows = [
         row(scores=scores, losses=hard),
-        row(seed=2, scores=scores + 70, losses=[*hard + 0.02, 9.0]),  # a game that seed 1 was not scored on
+        row(
+            seed=2, scores=scores + 70, losses=[*hard + 0.02, 9.0]
+        ),  # a game that seed 1 was not scored on
         row("bc", scores=scores[:16] + 5, losses=hard + 0.1),  # seed 1 alone, and fewer games
         row("iql", seed=3, losses=hard),  # no seed in common
         row("cql", evaluation={"eval_seed": 51}),  # other games
@@ -78,12 +91,16 @@ def test_differences_are_between_equal_games():
     assert made[MONK, "bc"]["points more than ours [95 %]"] == "**5.0 [5.0, 5.0]**"
     assert made[MONK, "bc"]["loss more than ours [95 %]"] == "**0.100 [0.100, 0.100]**"
     mean, low, high = numbers(made[MONK, "ours"]["held-out loss, nats [95 %]"])
-    assert mean == 1.76 and low < 1.4 and high > 2.1  # mean over seeds of a game, drawn by games: nine say little
+    # mean over seeds of a game, drawn by games: nine say little
+    assert mean == 1.76 and low < 1.4 and high > 2.1
     for arm in ("ours", "iql", "cql"):
         assert made[MONK, arm]["points more than ours [95 %]"] == report.NOTHING, arm
     assert made[MONK, "iql"]["loss more than ours [95 %]"] == report.NOTHING
-    assert made[MONK, "cql"]["held-out loss, nats [95 %]"] == "1.250"  # not known game by game: no interval
-    assert table_of(rows, "bc")[MONK, "ours"]["points more than bc [95 %]"] == "**-5.0 [-5.0, -5.0]**"
+    # not known game by game: no interval
+    assert made[MONK, "cql"]["held-out loss, nats [95 %]"] == "1.250"
+    assert (
+        table_of(rows, "bc")[MONK, "ours"]["points more than bc [95 %]"] == "**-5.0 [-5.0, -5.0]**"
+    )
 
 
 def test_a_difference_that_may_be_none_is_not_bold():
@@ -92,15 +109,22 @@ def test_a_difference_that_may_be_none_is_not_bold():
 
 
 def test_over_characters_the_geometric_mean_counts():
-    made = table_of([row(scores=(4000.0,)), row(character=VALKYRIE, scores=(500.0, 1500.0)), row("bc")])
+    made = table_of(
+        [row(scores=(4000.0,)), row(character=VALKYRIE, scores=(500.0, 1500.0)), row("bc")]
+    )
     expected = math.sqrt(4000 / MEAN[MONK] * 1000 / MEAN[VALKYRIE])
-    assert made["all", "ours"]["normalized score [95 %]"] == f"{expected:.4f}" and made["all", "ours"]["games"] == "3"
+    assert (
+        made["all", "ours"]["normalized score [95 %]"] == f"{expected:.4f}"
+        and made["all", "ours"]["games"] == "3"
+    )
     assert ("all", "bc") not in made  # it did not play both
 
 
 def test_recorded_games_stand_beside_the_arms_once():
     recorded = {MONK: [0.0, 100.0, 200.0, 20.0]}
-    text = report.make_table(report.collect([row(recorded_scores=recorded), row("bc", recorded_scores=recorded)]))
+    text = report.make_table(
+        report.collect([row(recorded_scores=recorded), row("bc", recorded_scores=recorded)])
+    )
     (line,) = (line for line in text.splitlines() if "AutoAscend" in line)
     assert "| 4 | 80.0 [" in line and f"| {80 / MEAN[MONK]:.4f} [" in line
 
@@ -113,9 +137,12 @@ def test_columns_that_say_nothing_are_left_out():
 
 
 def test_rows_of_other_settings_are_never_put_together():
-    arms = report.collect([row(), row(settings="other"), row(study="second"), row("bc"), row(variant="argmax")])
+    arms = report.collect(
+        [row(), row(settings="other"), row(study="second"), row("bc"), row(variant="argmax")]
+    )
+    # other ways to act last
     assert [arm.label for arm in arms] == [
-        *("ours (made ours)", "ours (made othe)", "ours (second ours)", "bc", "ours / argmax")  # other ways to act last
+        *("ours (made ours)", "ours (made othe)", "ours (second ours)", "bc", "ours / argmax")
     ]
     assert report.baseline_of(arms[3], arms, "ours") is None  # which one is not clear
     assert report.baseline_of(arms[2], arms, "bc") is arms[3]
@@ -123,11 +150,17 @@ def test_rows_of_other_settings_are_never_put_together():
 
 def test_of_repeated_rows_the_last_is_taken(capsys):
     (arm,) = report.collect([row(scores=[1.0]), row(scores=[2.0]), row(seed=2, scores=[3.0])])
-    assert list(report.games_of(arm, MONK).values()) == [2.0, 3.0] and "repeat others" in capsys.readouterr().err
+    assert (
+        list(report.games_of(arm, MONK).values()) == [2.0, 3.0]
+        and "repeat others" in capsys.readouterr().err
+    )
 
 
 def test_curves_average_over_the_seeds_that_have_the_point():
-    curves = [[100, 2.0, None], [200, 1.0, 1.0]], [[100, 3.0, 1.0], [200, None, 1.0], [300, 0.5, 1.0]]
+    curves = (
+        [[100, 2.0, None], [200, 1.0, 1.0]],
+        [[100, 3.0, 1.0], [200, None, 1.0], [300, 0.5, 1.0]],
+    )
     expected = [[100, 2.5, 2.0, 3.0], [200, 1.0, 1.0, 1.0], [300, 0.5, 0.5, 0.5]]
     assert report.mean_curve([{"curve": curve} for curve in curves]).tolist() == expected
 
@@ -136,13 +169,25 @@ def test_curves_average_over_the_seeds_that_have_the_point():
 def run_folder(tmp_path_factory, stores, stores_path):
     """A small run with two evaluations, and its best weights scored again."""
     data = dict(data_path=str(ROOT / "tests" / "data" / "nle_data"), store_path=str(stores_path))
-    playing = dict(eval_episodes=3, eval_processes=3, eval_max_steps=25, eval_workers=1, eval_heldout_frames=64)
-    learning = dict(rnn_hidden_dim=16, update_steps=4, batch_size=4, seq_len=8, log_every=1, eval_every=2, train_seed=5)
+    playing = dict(eval_episodes=3, eval_processes=3, eval_max_steps=25, eval_heldout_frames=64)
+    learning = dict(
+        rnn_hidden_dim=16,
+        update_steps=4,
+        batch_size=4,
+        seq_len=8,
+        log_every=1,
+        eval_every=2,
+        train_seed=5,
+    )
     runs = str(tmp_path_factory.mktemp("run"))
     folder = pomdp.train(
-        pomdp.TrainConfig(character=f"{MONK},{VALKYRIE}", checkpoints_path=runs, **data, **playing, **learning)
+        pomdp.TrainConfig(
+            character=f"{MONK},{VALKYRIE}", checkpoints_path=runs, **data, **playing, **learning
+        )
     )
-    pomdp.evaluate_checkpoint(pomdp.TrainConfig(evaluate=str(folder / "best.pt"), **{**playing, "eval_episodes": 2}))
+    pomdp.evaluate_checkpoint(
+        pomdp.TrainConfig(evaluate=str(folder / "best.pt"), **{**playing, "eval_episodes": 2})
+    )
     return folder
 
 
@@ -150,36 +195,79 @@ def run_folder(tmp_path_factory, stores, stores_path):
 def test_a_folder_is_read_as_its_last_evaluation(run_folder, what, games):
     found = report.read_folder(run_folder / what)
     last = json.loads((run_folder / what / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (found["seed"], found["evaluation"], found["characters"]) == (5, {"eval_seed": 50}, [MONK, VALKYRIE])
+    assert (found["seed"], found["evaluation"], found["characters"]) == (
+        5,
+        {"eval_seed": 50},
+        [MONK, VALKYRIE],
+    )
     assert found["algorithm"] == ("custom" if what == "." else "best")
     made = table_of([found])
     for name in (MONK, VALKYRIE):
         assert len(found["scores"][name]) == games and sum(found["ends"][name].values()) == games
-        assert numbers(made[name, None]["points [95 %]"].split(" [")[0]) == [round(last[f"{name}/reward_mean"], 1)]
+        assert numbers(made[name, None]["points [95 %]"].split(" [")[0]) == [
+            round(last[f"{name}/reward_mean"], 1)
+        ]
         ends = {end: last[f"{name}/end_{end.replace(' ', '_')}"] * games for end in report.ENDS}
         assert found["ends"][name] == pytest.approx(ends)
     assert made["all", None]["normalized score [95 %]"] == f"{last['eval/normalized_score']:.4f}"
     if what == ".":
         assert [point[0] for point in found["curve"]] == [64, 128]
-        assert made["all", None]["held-out loss, nats [95 %]"] == f"{last['heldout/loss_per_action']:.3f}"
+        assert (
+            made["all", None]["held-out loss, nats [95 %]"]
+            == f"{last['heldout/loss_per_action']:.3f}"
+        )
 
 
 def test_an_evaluation_is_known_by_its_folder_alone(run_folder, tmp_path):
-    """What lies in scripts/results: config.json has paths and is not needed."""
+    """What lies in scripts/results: config.json has paths and is not needed, older rows have no kind."""
     (tmp_path / "small").mkdir()
     for path in (run_folder / "best-evaluation").glob("*"):
         if path.suffix in (".csv", ".jsonl"):
-            (tmp_path / "small" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "small" / f"0_{MONK}_games.csv").write_text("score,end\n99,died\n")  # of an earlier step
-    found, full = report.read_folder(tmp_path / "small"), report.read_folder(run_folder / "best-evaluation")
-    assert found["algorithm"] == "small" and (found["scores"], found["ends"]) == (full["scores"], full["ends"])
+            content = path.read_bytes().replace(b'"kind": "evaluation", ', b"")
+            (tmp_path / "small" / path.name).write_bytes(content)
+    # of an earlier step
+    (tmp_path / "small" / f"0_{MONK}_games.csv").write_text("score,end\n99,died\n")
+    found, full = (
+        report.read_folder(tmp_path / "small"),
+        report.read_folder(run_folder / "best-evaluation"),
+    )
+    assert found["algorithm"] == "small" and (found["scores"], found["ends"]) == (
+        full["scores"],
+        full["ends"],
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value, same",
+    [("log_every", 7, True), ("device", "cuda:1", True), ("train_seed", 6, True)]
+    + [("gamma", 0.9, False), ("group", "before", False), ("eval_processes", 4, False)],
+)
+def test_runs_are_told_apart_by_settings_that_shape_results_and_by_their_names(
+    name, value, same, run_folder, tmp_path
+):
+    described = json.loads((run_folder / "config.json").read_text())
+    assert described["config"][name] != value
+    described["config"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    one, other = [report.read_folder(folder) for folder in (run_folder, tmp_path)]
+    assert (one["settings"] == other["settings"]) == same
 
 
 @pytest.mark.pinned_stack  # matplotlib
 def test_rows_and_folders_in_one_report(run_folder, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [row(), row("bc", seed=2)])
-    command = [sys.executable, str(ROOT / "scripts" / "report.py"), str(rows), str(run_folder), "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True)
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "report.py"),
+        str(rows),
+        str(run_folder),
+        "--out",
+        "out",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True
+    )
     assert all(f"| {arm} |" in done.stdout for arm in ("ours", "bc", "custom")) and not done.stderr
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     pictures = "\n![held-out loss](curves.png)\n\n![score](scores.png)\n"
@@ -192,13 +280,16 @@ def test_rows_and_folders_in_one_report(run_folder, tmp_path):
 
 
 @pytest.mark.pinned_stack  # matplotlib
-def test_the_picture_of_scores_shows_every_evaluation_with_its_interval(run_folder, tmp_path, monkeypatch):
+def test_the_picture_of_scores_shows_every_evaluation_with_its_interval(
+    run_folder, tmp_path, monkeypatch
+):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
     assert (
-        report.draw_scores([run_folder, tmp_path / "rows.jsonl"], tmp_path / "scores.png") == "\n![score](scores.png)\n"
+        report.draw_scores([run_folder, tmp_path / "rows.jsonl"], tmp_path / "scores.png")
+        == "\n![score](scores.png)\n"
     )
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [axis.get_title() for axis in drawn[0].axes] == [MONK, VALKYRIE]
@@ -210,7 +301,9 @@ def test_the_picture_of_scores_shows_every_evaluation_with_its_interval(run_fold
         ]
         ends = [[row[key + "_low"], row[key + "_high"]] for row in evaluated]
         assert np.allclose([segment[:, 1] for segment in bars[0].get_segments()], ends)
-        assert {report.PUBLISHED[axis.get_title()]} in [{*other.get_ydata()} for other in axis.lines]
+        assert {report.PUBLISHED[axis.get_title()]} in [
+            {*other.get_ydata()} for other in axis.lines
+        ]
     assert report.draw_scores([tmp_path / "rows.jsonl"], tmp_path / "scores.png") == ""
 
 
@@ -242,4 +335,6 @@ def test_a_mistake_gets_one_line_and_exit_code_2(expected, tmp_path, monkeypatch
 def test_a_line_that_was_cut_short_is_left_out_with_a_warning(tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [row(), row(seed=2)])
     path.write_text(path.read_text()[:-30])
-    assert [one["seed"] for one in report.read_all([path])] == [1] and "cut short" in capsys.readouterr().err
+    assert [one["seed"] for one in report.read_all([path])] == [
+        1
+    ] and "cut short" in capsys.readouterr().err

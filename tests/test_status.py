@@ -13,7 +13,21 @@ from custom_nethack_pomdp import COLS, NUM_BLSTATS, ROWS, read_blstats
 
 # Places in NLE's blstats (nle/include/nletypes.h), written out here so that a wrong index in the code cannot hide.
 STRENGTH_25, STRENGTH, DEXTERITY, CONSTITUTION, INTELLIGENCE, WISDOM, CHARISMA = range(2, 9)
-HP, HP_MAX, DEPTH, GOLD, ENERGY, ENERGY_MAX, ARMOR_CLASS, HIT_DICE, LEVEL, POINTS, TURN, HUNGER, LOAD = range(10, 23)
+(
+    HP,
+    HP_MAX,
+    DEPTH,
+    GOLD,
+    ENERGY,
+    ENERGY_MAX,
+    ARMOR_CLASS,
+    HIT_DICE,
+    LEVEL,
+    POINTS,
+    TURN,
+    HUNGER,
+    LOAD,
+) = range(10, 23)
 DUNGEON_LEVEL, CONDITION, ALIGNMENT = 24, 25, 26
 UPPER = [*range(STRENGTH_25, CHARISMA + 1), ALIGNMENT]
 LOWER = [*range(HP, LOAD + 1), CONDITION]  # never shown: position, score, dungeon number
@@ -21,14 +35,19 @@ LOWER = [*range(HP, LOAD + 1), CONDITION]  # never shown: position, score, dunge
 
 def differences(live, rows, read):
     """Places in which `read` differs from NLE's `live` although the screen shows them, or is not 0 elsewhere."""
-    upper, lower = re.search(r" St:\d.* Ch:\d", rows[22]), re.search(r"HP:\d+\(\d+\) Pw:.* T:\d", rows[23])
+    upper, lower = (
+        re.search(r" St:\d.* Ch:\d", rows[22]),
+        re.search(r"HP:\d+\(\d+\) Pw:.* T:\d", rows[23]),
+    )
     shown = {*(UPPER if upper else ()), *(LOWER if lower else ())}
     if "HD:" in rows[23]:  # polymorphed: experience is not shown
         shown -= {LEVEL, POINTS}
     if rows[23].startswith(("Home", "Fort")):  # places without a depth on the screen
         shown -= {DEPTH}
     hidden = {*range(NUM_BLSTATS)} - shown - {DUNGEON_LEVEL}
-    return [place for place in sorted(shown) if read[place] != live[place]] + [p for p in sorted(hidden) if read[p]]
+    return [place for place in sorted(shown) if read[place] != live[place]] + [
+        p for p in sorted(hidden) if read[p]
+    ]
 
 
 class Game:
@@ -38,9 +57,13 @@ class Game:
     def __init__(self, seed, wizard=True, **options):
         fixed = {"fix_moon_phase": True} if int(pomdp.nle.__version__.split(".")[0]) >= 1 else {}
         keys = ("tty_chars", "tty_colors", "tty_cursor", "blstats")
-        options.update(allow_all_modes=True, allow_all_yn_questions=True, max_episode_steps=10**9, savedir=None)
+        options.update(
+            allow_all_modes=True, allow_all_yn_questions=True, max_episode_steps=10**9, savedir=None
+        )
         options.update({"wizard": True, "spawn_monsters": False} if wizard else {})
-        self.env = NetHackScore(actions=tuple(range(256)), observation_keys=keys, **options, **fixed)
+        self.env = NetHackScore(
+            actions=tuple(range(256)), observation_keys=keys, **options, **fixed
+        )
         self.env.unwrapped.seed(core=seed, disp=seed, reseed=False)
         first = self.env.reset()
         self.obs = first[0] if isinstance(first, tuple) else first
@@ -61,7 +84,9 @@ class Game:
         assert not done
         rows, read, live = self.rows, self.read, self.live
         if re.search(r"HP:\d+\(\d+\) Pw:.* T:\d", rows[23]):
-            assert read[HP_MAX] == live[HP_MAX], rows[23]  # nothing that is shown is taken for hidden
+            assert read[HP_MAX] == live[HP_MAX], rows[
+                23
+            ]  # nothing that is shown is taken for hidden
             cut_off = rows[23][-1] != " " or len(rows[23].rstrip()) == COLS - 1
             words = re.sub(r".* T:\d+", "", rows[23]).split()
             self.words.update(words[:-1] if cut_off else words)
@@ -130,9 +155,19 @@ CHARACTERS = "mon-hum-neu wiz-elf-cha tou-hum-neu arc-gno-neu kni-hum-law pri-el
 
 def test_agrees_with_nle_in_random_games():
     """Every place that the screen shows, in every frame of play that answers half of what asks for a key."""
-    seen, frames, stale, hidden, keys = [], 0, 0, 0, [int(action) for action in pomdp.nethack.ACTIONS]
+    seen, frames, stale, hidden, keys = (
+        [],
+        0,
+        0,
+        0,
+        [int(action) for action in pomdp.nethack.ACTIONS],
+    )
     for seed, character in enumerate(CHARACTERS * 2):
-        game, rng, agreed = Game(seed, wizard=False, character=character), np.random.default_rng(seed), 1
+        game, rng, agreed = (
+            Game(seed, wizard=False, character=character),
+            np.random.default_rng(seed),
+            1,
+        )
         for _ in range(2500):
             more = b"--More--" in game.obs["tty_chars"].tobytes()
             key = ord(" ") if more and rng.random() < 0.5 else keys[rng.integers(len(keys))]
@@ -151,13 +186,24 @@ def test_agrees_with_nle_in_random_games():
             frames, hidden = frames + 1, hidden + (read[HP_MAX] == 0)
         game.env.close()
     assert frames > 30_000 and stale < 0.01 * frames and 0 < hidden < 0.25 * frames
-    for place in (HP, ENERGY, GOLD, ARMOR_CLASS, TURN, ALIGNMENT, HUNGER):  # the games were worth comparing
+    for place in (
+        HP,
+        ENERGY,
+        GOLD,
+        ARMOR_CLASS,
+        TURN,
+        ALIGNMENT,
+        HUNGER,
+    ):  # the games were worth comparing
         assert len({live[place] for live in seen}) > 1, place
 
 
 def test_wizard_abilities_and_load(wizard):
     """Strength of every form, negative armour class, all loads, and more conditions than a row has room for."""
-    for potion, place, low, high in (("gain ability", STRENGTH, 19, 117), ("gain level", LEVEL, 10, 10)):
+    for potion, place, low, high in (
+        ("gain ability", STRENGTH, 19, 117),
+        ("gain level", LEVEL, 10, 10),
+    ):
         letter = wizard.wish(f"9 blessed potions of {potion}")
         for _ in range(9):
             wizard.type("q" + letter)
@@ -169,9 +215,28 @@ def test_wizard_abilities_and_load(wizard):
     assert {"Burdened", "Stressed", "Strained", "Overtaxed", "Overloaded"} <= wizard.words
     # Words become shorter as the row fills, down to "Dl" for "Dlvl", and in the end the row is cut.
     wizard.suffer(
-        "strangling", "fatally sick", "deafness", "stunned", "confused", "hallucinating", "blinded", "levitat"
+        "strangling",
+        "fatally sick",
+        "deafness",
+        "stunned",
+        "confused",
+        "hallucinating",
+        "blinded",
+        "levitat",
     )
-    assert {"Overload", "Ovld", "Strngl", "Stngl", "Str", "Ill", "Bl", "Df", "St", "Cf", "Hl"} <= wizard.words
+    assert {
+        "Overload",
+        "Ovld",
+        "Strngl",
+        "Stngl",
+        "Str",
+        "Ill",
+        "Bl",
+        "Df",
+        "St",
+        "Cf",
+        "Hl",
+    } <= wizard.words
     assert "Dl" in wizard.places
     wizard.wish("20000 gold pieces")
     assert wizard.live[GOLD] == 20_000
@@ -179,9 +244,7 @@ def test_wizard_abilities_and_load(wizard):
 
 def test_wizard_conditions(wizard):
     """Each beside those before it, so that the row fills and every word is shown in each of its lengths."""
-    conditions = (
-        "petrifying|becoming slime|strangling|fatally sick|stunned|confused|hallucinating|deafness|blinded|levitat"
-    )
+    conditions = "petrifying|becoming slime|strangling|fatally sick|stunned|confused|hallucinating|deafness|blinded|levitat"
     wizard.suffer(*conditions.split("|"))
     assert bin(wizard.live[CONDITION]).count("1") == 10
     words = "Stone Ston Sto Slime Slim Slm Strngl Stngl Str Stun St Cnf Cf Hl Df Bl Lv"
@@ -204,11 +267,32 @@ def test_wizard_levels(wizard):
     """The Rogue level with its own sign for gold, the quest, Gehennom and all planes."""
     wizard.wish("Amulet of Yendor")  # without it there is no way into the planes
     depths = []
-    for level in ("rogue", "strt", "minend", "valley", "sanctum", "earth", "air", "fire", "water", "astral"):
+    for level in (
+        "rogue",
+        "strt",
+        "minend",
+        "valley",
+        "sanctum",
+        "earth",
+        "air",
+        "fire",
+        "water",
+        "astral",
+    ):
         wizard.choose("\x16?\r", level)
         depths.append(int(wizard.live[DEPTH]))
         assert level != "strt" or wizard.read[DUNGEON_LEVEL] == wizard.live[DUNGEON_LEVEL] == 1
-    assert wizard.places == {"Dlvl", "*", "$", "Home", "Earth", "Air", "Fire", "Water", "Astral Plane"}
+    assert wizard.places == {
+        "Dlvl",
+        "*",
+        "$",
+        "Home",
+        "Earth",
+        "Air",
+        "Fire",
+        "Water",
+        "Astral Plane",
+    }
     assert depths[-5:] == [-1, -2, -3, -4, -5] and depths[4] > depths[3] > depths[0] > 10
 
 
@@ -247,8 +331,26 @@ def in_places(**values):
 
 
 def test_plain_rows_hidden_rows_and_frames_beside_each_other():
-    upper = dict(STRENGTH_25=16, STRENGTH=16, DEXTERITY=11, CONSTITUTION=18, INTELLIGENCE=9, WISDOM=10, CHARISMA=7)
-    lower = dict(HP=23, HP_MAX=38, DEPTH=12, GOLD=345, ENERGY=6, ENERGY_MAX=7, ARMOR_CLASS=-8, LEVEL=9, POINTS=2801)
+    upper = dict(
+        STRENGTH_25=16,
+        STRENGTH=16,
+        DEXTERITY=11,
+        CONSTITUTION=18,
+        INTELLIGENCE=9,
+        WISDOM=10,
+        CHARISMA=7,
+    )
+    lower = dict(
+        HP=23,
+        HP_MAX=38,
+        DEPTH=12,
+        GOLD=345,
+        ENERGY=6,
+        ENERGY_MAX=7,
+        ARMOR_CLASS=-8,
+        LEVEL=9,
+        POINTS=2801,
+    )
     lower.update(TURN=20417, HUNGER=1)  # not hungry
     rows = ABILITIES, "Dlvl:12 $:345 HP:23(38) Pw:6(7) AC:-8 Xp:9/2801 T:20417"
     cases = [
@@ -263,7 +365,15 @@ def test_plain_rows_hidden_rows_and_frames_beside_each_other():
         ((rows[0].replace("Neutral", "Chaotic"), ""), in_places(**upper, ALIGNMENT=-1)),
     ]
     polymorphed = dict(
-        DEPTH=1, HP=54, HP_MAX=60, ENERGY=2, ENERGY_MAX=2, ARMOR_CLASS=-6, HIT_DICE=12, TURN=77, HUNGER=1
+        DEPTH=1,
+        HP=54,
+        HP_MAX=60,
+        ENERGY=2,
+        ENERGY_MAX=2,
+        ARMOR_CLASS=-6,
+        HIT_DICE=12,
+        TURN=77,
+        HUNGER=1,
     )
     row = "Dlvl:1 $:0 HP:54(60) Pw:2(2) AC:-6 HD:12 T:77 Fly"
     cases.append((("", row), in_places(**polymorphed, CONDITION=1 << 11)))
@@ -271,20 +381,33 @@ def test_plain_rows_hidden_rows_and_frames_beside_each_other():
 
 
 def test_strength():
-    shown = dict(zip("3 18 18/01 18/31 18/32 18/50 18/82 18/99 18/** 19 21 22 25".split(), range(13)))
+    shown = dict(
+        zip("3 18 18/01 18/31 18/32 18/50 18/82 18/99 18/** 19 21 22 25".split(), range(13))
+    )
     found = read(*((ABILITIES.replace("St:16", f"St:{text}"), VITALS) for text in shown))
     assert found[:, STRENGTH].tolist() == [3, 18, 19, 49, 50, 68, 100, 117, 118, 119, 121, 122, 125]
     assert found[:, STRENGTH_25].tolist() == [3, 18, 19, 19, 20, 20, 21, 21, 21, 21, 21, 22, 25]
     assert (found[:, DEXTERITY] == 11).all()
 
 
-PLACES = {"Dlvl:50": (50, 0), "Dl:7": (7, 0), "Home 7": (0, 7), "Fort Ludios": (0, 0), "Earth": (-1, 0), "Air": (-2, 0)}
+PLACES = {
+    "Dlvl:50": (50, 0),
+    "Dl:7": (7, 0),
+    "Home 7": (0, 7),
+    "Fort Ludios": (0, 0),
+    "Earth": (-1, 0),
+    "Air": (-2, 0),
+}
 PLACES.update({"Fire": (-3, 0), "Water": (-4, 0), "Astral Plane": (-5, 0)})
 
 
 def test_places_and_gold():
     found = read(
-        *((ABILITIES, VITALS.replace("Dlvl:1 $:0", f"{place} {sign}:99")) for place in PLACES for sign in "$*")
+        *(
+            (ABILITIES, VITALS.replace("Dlvl:1 $:0", f"{place} {sign}:99"))
+            for place in PLACES
+            for sign in "$*"
+        )
     )
     expected = [[depth, level, 99, 14] for depth, level in PLACES.values() for _ in "$*"]
     assert found[:, [DEPTH, DUNGEON_LEVEL, GOLD, HP_MAX]].tolist() == expected
@@ -299,8 +422,16 @@ CONDITIONS += "Stun|St Conf|Cnf|Cf Hallu|Hal|Hl Lev|Lv Fly|Fl Ride|Rid|Rd"
 
 def test_status_words_one_by_one():
     expected = [(word, [value, 0, 0]) for word, value in HUNGERS.items()]
-    expected += [(word, [1, value, 0]) for value, words in enumerate(LOADS.split(), 1) for word in words.split("|")]
-    expected += [(word, [1, 0, 1 << bit]) for bit, words in enumerate(CONDITIONS.split()) for word in words.split("|")]
+    expected += [
+        (word, [1, value, 0])
+        for value, words in enumerate(LOADS.split(), 1)
+        for word in words.split("|")
+    ]
+    expected += [
+        (word, [1, 0, 1 << bit])
+        for bit, words in enumerate(CONDITIONS.split())
+        for word in words.split("|")
+    ]
     found = read(*((ABILITIES, f"{VITALS} {word}") for word, _ in expected))
     assert found[:, [HUNGER, LOAD, CONDITION]].tolist() == [values for _, values in expected]
 
@@ -319,5 +450,7 @@ def test_anything_is_read(rows):
 def test_numbers_too_large_for_32_bits():
     """No game shows them, but a damaged recording might."""
     upper = ABILITIES.replace("Dx:11", "Dx:99999999999")
-    (found,) = read((upper, "Dlvl:1 $:99999999999 HP:1(9999999999) Pw:4(4) AC:-9999999999 Xp:1/0 T:1"))
+    (found,) = read(
+        (upper, "Dlvl:1 $:99999999999 HP:1(9999999999) Pw:4(4) AC:-9999999999 Xp:1/0 T:1")
+    )
     assert found[[DEXTERITY, GOLD, HP_MAX, ARMOR_CLASS]].tolist() == [2**31 - 1] * 3 + [-(2**31)]

@@ -13,18 +13,24 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCES = {"bc": 247_929, "cql": 247_929, "iql": 254_318}  # parameters beyond the backbone, as the benchmark's have
+# parameters beyond the backbone, as the benchmark's have
+REFERENCES = {"bc": 247_929, "cql": 247_929, "iql": 254_318}
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_submission as check
 
+# the benchmark's backbone is scripted
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # the benchmark's backbone is scripted
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
 
 def path_of(name):
-    return ROOT / "scripts" / "references" / f"{name}.py" if name in REFERENCES else ROOT / "custom_nethack_pomdp.py"
+    return (
+        ROOT / "scripts" / "references" / f"{name}.py"
+        if name in REFERENCES
+        else ROOT / "custom_nethack_pomdp.py"
+    )
 
 
 def edited(name, *changes):
@@ -38,7 +44,11 @@ def edited(name, *changes):
 
 
 def failures(block, **options):
-    return [f"{name}: {detail}" for name, passed, detail in check.run_checks(block, **options) if not passed]
+    return [
+        f"{name}: {detail}"
+        for name, passed, detail in check.run_checks(block, **options)
+        if not passed
+    ]
 
 
 # --- What passes
@@ -48,7 +58,9 @@ def test_ours_and_the_references_pass(name):
     assert [result for result in results if not result[1]] == []
     assert len(results) == 9 + (name == "ours")
     if name in REFERENCES:
-        assert results[-1][2].startswith(f"{REFERENCES[name]:,} parameters beyond the backbone; the limits are 267,033")
+        assert results[-1][2].startswith(
+            f"{REFERENCES[name]:,} parameters beyond the backbone; the limits are 267,033"
+        )
 
 
 # --- Taking the block out
@@ -61,7 +73,9 @@ def test_a_block_is_what_lies_between_the_banners(tmp_path):
     file = tmp_path / "file.py"
     head = '"""A docstring may speak of EDITABLE BEGIN."""\n'
     for banners in ([RULE, BEGIN, RULE], [BEGIN]):
-        file.write_text(head + "".join(banners) + "# first\nx = 1\n\n# last\n" + RULE + END + RULE + "y = 2\n")
+        file.write_text(
+            head + "".join(banners) + "# first\nx = 1\n\n# last\n" + RULE + END + RULE + "y = 2\n"
+        )
         block = check.read_block(file)
         assert block.source == "# first\nx = 1\n\n# last\n"
         assert block.first_line == 2 + len(banners) and block.whole_file
@@ -93,11 +107,20 @@ def test_a_file_without_a_block_is_told_in_one_line(text, message, tmp_path, cap
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ("x = [np, nn, F, Categorical, deepcopy, ModelBackbone, soft_update, len, Optional[Dict[str, Any]]]", []),
-        ("import math\ndef f(a, *b, c=1, **d):\n    e = a\n    return [g + e for g in b], math, c, d", []),
+        (
+            "x = [np, nn, F, Categorical, deepcopy, ModelBackbone, soft_update, len, Optional[Dict[str, Any]]]",
+            [],
+        ),
+        (
+            "import math\ndef f(a, *b, c=1, **d):\n    e = a\n    return [g + e for g in b], math, c, d",
+            [],
+        ),
         ("def f():\n    return later()\ndef later():\n    return 1", []),
         ("def f():\n    global made\n    made = 1\ndef g():\n    return made", []),
-        ("class A:\n    n = 2\n    m: int = n + 1\n    def f(self):\n        return super().f(), __class__", []),
+        (
+            "class A:\n    n = 2\n    m: int = n + 1\n    def f(self):\n        return super().f(), __class__",
+            [],
+        ),
         ("try:\n    pass\nexcept ValueError as error:\n    raise error", []),
         ("x = math.pi", [(1, "math")]),
         ("import numpy\n\ndef f():\n    return lambda: NUM_ACTIONS", [(4, "NUM_ACTIONS")]),
@@ -115,20 +138,38 @@ def test_names_from_outside(source, expected):
 @pytest.mark.parametrize(
     "source, complaints",
     [
-        ("import math, torch.nn.functional, nle\nfrom collections import deque\nimport numpy as np", []),
-        ("a = {**b}\nc = (a > 1) | (b > 1)\nd = zip(a, b)\nm.load_state_dict(w, strict=True)\na |= b\n", []),
+        (
+            "import math, torch.nn.functional, nle\nfrom collections import deque\nimport numpy as np",
+            [],
+        ),
+        (
+            "a = {**b}\nc = (a > 1) | (b > 1)\nd = zip(a, b)\nm.load_state_dict(w, strict=True)\na |= b\n",
+            [],
+        ),
         ("import gym", ["line 1: import of gym"]),
         ("import os, wandb.sdk", ["line 1: import of os: neither"]),
         ("from . import x", ["line 1: import of"]),
-        ("def f():\n    import custom_nethack_pomdp", ["line 2: import of custom_nethack_pomdp: neither"]),
-        ("x = 1\nmatch x:\n    case 1:\n        pass\n", ["line 4: Pattern matching is only supported in Python 3.10"]),
-        ("with (open('a') as a, open('b') as b):\n    pass\n", ["line 2: Parenthesized context managers"]),
+        (
+            "def f():\n    import custom_nethack_pomdp",
+            ["line 2: import of custom_nethack_pomdp: neither"],
+        ),
+        (
+            "x = 1\nmatch x:\n    case 1:\n        pass\n",
+            ["line 4: Pattern matching is only supported in Python 3.10"],
+        ),
+        (
+            "with (open('a') as a, open('b') as b):\n    pass\n",
+            ["line 2: Parenthesized context managers"],
+        ),
         ("x = (", ["line 1: '(' was never closed"]),
         ("def f(x: int | None): pass", ["line 1: `X | Y` as a type needs Python 3.10"]),
         ("def f() -> int | None: pass", ["line 1: `X | Y`"]),
         ("x: int\ny: list[int] = []", ["line 2: list[...] needs Python 3.9: write List of typing"]),
         ("from __future__ import annotations", ["line 1: from __future__"]),
-        ("x = 1\ny = 'abc'.removeprefix('a')", ["line 2: .removeprefix is newer than Python 3.8 or torch 2.0.1"]),
+        (
+            "x = 1\ny = 'abc'.removeprefix('a')",
+            ["line 2: .removeprefix is newer than Python 3.8 or torch 2.0.1"],
+        ),
         ("x = torch.amp.GradScaler('cuda')", ["line 1: torch.amp.GradScaler is newer"]),
         ("from torch.amp import GradScaler", ["line 1: torch.amp.GradScaler is newer"]),
         ("import torch.nn.attention.flex_attention", ["line 1: torch.nn.attention is newer"]),
@@ -141,76 +182,185 @@ def test_names_from_outside(source, expected):
 )
 def test_text_that_the_benchmark_cannot_run(source, complaints):
     found = check.check_text(check.Block("block.py", source.replace("= {**b}", "= b = np"), 101))
-    told = [f"line {line - 100}: {complaint}" for line, complaint in found if "neither defined" not in complaint]
+    told = [
+        f"line {line - 100}: {complaint}"
+        for line, complaint in found
+        if "neither defined" not in complaint
+    ]
     assert len(told) == len(complaints) and all(map(str.startswith, told, complaints)), told
 
 
 # --- Each check can fail: which one must, in what words, and what is wrong with the block
-POLICY = "        self.policy = nn.Linear(backbone.rnn_hidden_dim, backbone.num_actions)\n"  # of bc.py
-FORWARD, INFO = "        core_output, state = self.model.backbone(", '        info = {"loss": loss.detach()'
-STATES, ACTIONS = "tuple(part.detach() for part in state)", "self.policy(core_output[:, 0]).argmax(dim=-1)"
-TRAINS, HALF, LOGITS = "trains, float32", "trains, float16 autocast", "self.model.policy(core_output)"
+# of bc.py
+POLICY = "        self.policy = nn.Linear(backbone.rnn_hidden_dim, backbone.num_actions)\n"
+FORWARD, INFO = (
+    "        core_output, state = self.model.backbone(",
+    '        info = {"loss": loss.detach()',
+)
+STATES, ACTIONS = (
+    "tuple(part.detach() for part in state)",
+    "self.policy(core_output[:, 0]).argmax(dim=-1)",
+)
+TRAINS, HALF, LOGITS = (
+    "trains, float32",
+    "trains, float16 autocast",
+    "self.model.policy(core_output)",
+)
+# see below: without gradient
 BROKEN = [
-    ("loads", r"NameError.*MISSING.*\(line 16\)", "OBSERVATIONS = (", "OBSERVATIONS = MISSING + ("),
+    ("loads", r"NameError.*MISSING.*\(line 17\)", "OBSERVATIONS = (", "OBSERVATIONS = MISSING + ("),
     ("loads", "no class Model", "class Model(nn.Module)", "class Modell(nn.Module)"),
     ("loads", "SystemExit", "OBSERVATIONS = (", "raise SystemExit\nOBSERVATIONS = ("),
-    ("builds", r"AttributeError.*lam.*\(line \d+\)", " self.model = M", " config.lam; self.model = M"),
-    ("builds", "not the backbone that was given", "self.backbone = backbone", "self.backbone = deepcopy(backbone)"),
-    ("builds", "backbone was changed", POLICY, POLICY + "        nn.init.zeros_(backbone.rnn.weight_hh_l0)\n"),
-    ("builds", "not those of algo.model", "l.parameters())", "l.parameters()) + [nn.Parameter(torch.ones(1))]"),
-    ("builds", "not those of algo.model", "self.model.parameters()", "self.model.policy.parameters()"),
-    ("builds", "leaf variables", POLICY, POLICY + "        self.kept = [deepcopy(backbone).requires_grad_(False)]\n"),
+    (
+        "builds",
+        r"AttributeError.*lam.*\(line \d+\)",
+        " self.model = M",
+        " config.lam; self.model = M",
+    ),
+    (
+        "builds",
+        "not the backbone that was given",
+        "self.backbone = backbone",
+        "self.backbone = deepcopy(backbone)",
+    ),
+    (
+        "builds",
+        "backbone was changed",
+        POLICY,
+        POLICY + "        nn.init.zeros_(backbone.rnn.weight_hh_l0)\n",
+    ),
+    (
+        "builds",
+        "not those of algo.model",
+        "l.parameters())",
+        "l.parameters()) + [nn.Parameter(torch.ones(1))]",
+    ),
+    (
+        "builds",
+        "not those of algo.model",
+        "self.model.parameters()",
+        "self.model.policy.parameters()",
+    ),
+    (
+        "builds",
+        "leaf variables",
+        POLICY,
+        POLICY + "        self.kept = [deepcopy(backbone).requires_grad_(False)]\n",
+    ),
     (TRAINS, "step 1: loss is nan", INFO, "        loss = loss * float('nan')\n" + INFO),
     (TRAINS, "for scalar outputs", INFO, "        loss = nll\n" + INFO),
     (TRAINS, "loss is torch.float16", INFO, "        loss = loss.half()\n" + INFO),
     (TRAINS, r"view size is not compatible.*\(line \d+\)", ".contiguous()", ""),
-    (TRAINS, "gradient of every parameter", POLICY, POLICY + "        self.policy.bias.requires_grad_(False)\n"),
+    (
+        TRAINS,
+        "gradient of every parameter",
+        POLICY,
+        POLICY + "        self.policy.bias.requires_grad_(False)\n",
+    ),
     (TRAINS, "step 1: rnn_states are not detached", STATES, "tuple(state)"),
     (TRAINS, r"info\['loss'\] is no number", INFO, '        info = {"loss": "low"'),
-    (TRAINS, "only one element tensors|Tensor with 2", INFO, '        info = {"loss": torch.ones(2)'),
+    (
+        TRAINS,
+        "only one element tensors|Tensor with 2",
+        INFO,
+        '        info = {"loss": torch.ones(2)',
+    ),
     (TRAINS, r"info\['accuracy'\] is nan", '"accuracy": accuracy', '"accuracy": float("nan")'),
     (TRAINS, "changed in place", INFO, '        batch["rewards"].add_(1.0)\n' + INFO),
-    (TRAINS, "KeyError: 'mask'", 'batch.get("mask", torch.ones_like(batch["actions"]))', 'batch["mask"]'),
+    (
+        TRAINS,
+        "KeyError: 'mask'",
+        'batch.get("mask", torch.ones_like(batch["actions"]))',
+        'batch["mask"]',
+    ),
     (TRAINS, "KeyError: 'blstats'", INFO, '        batch["blstats"]\n' + INFO),
     (TRAINS, "Class values", "prev_actions.long(), actions", "prev_actions.long() + 121, actions"),
-    (TRAINS, "reaches 30 parameters, backbone.topline.0.weight", LOGITS, "self.model.policy(core_output.detach())"),
-    (TRAINS, "reaches 2 parameters, unused.weight", POLICY, POLICY + "        self.unused = nn.Linear(2, 2)\n"),
-    (HALF, "reaches 22 parameters, .*CASTS", FORWARD, FORWARD + "inputs)\n" + FORWARD),  # see below: without gradient
+    (
+        TRAINS,
+        "reaches 30 parameters, backbone.topline.0.weight",
+        LOGITS,
+        "self.model.policy(core_output.detach())",
+    ),
+    (
+        TRAINS,
+        "reaches 2 parameters, unused.weight",
+        POLICY,
+        POLICY + "        self.unused = nn.Linear(2, 2)\n",
+    ),
+    (HALF, "reaches 22 parameters, .*CASTS", FORWARD, FORWARD + "inputs)\n" + FORWARD),
     (HALF, "loss is (inf|nan)", LOGITS, "(core_output.half() * 1e6)[..., :1].expand(-1, -1, 121)"),
-    ("extreme weights", "loss is inf", INFO, "        loss = loss * torch.exp(logits.detach().max())\n" + INFO),
+    (
+        "extreme weights",
+        "loss is inf",
+        INFO,
+        "        loss = loss * torch.exp(logits.detach().max())\n" + INFO,
+    ),
     ("acts", "ndarray float64 .14., not", ACTIONS, ACTIONS + ".double()"),
     ("acts", "gives Tensor torch.int64 .14., not", ACTIONS + ".cpu().numpy()", ACTIONS),
     ("acts", "gives ndarray int64 .14, 1., not", ACTIONS, ACTIONS + "[:, None]"),
     ("acts", "outside of 0..120|Class values", ACTIONS, ACTIONS + ".add(121)"),
-    ("acts", "other actions from the same", ACTIONS, "torch.tensor(np.random.default_rng().integers(0, 121, 14))"),
+    (
+        "acts",
+        "other actions from the same",
+        ACTIONS,
+        "torch.tensor(np.random.default_rng().integers(0, 121, 14))",
+    ),
     ("acts", "one_hot", 'inputs["prev_actions"].long()', 'inputs["prev_actions"]'),
-    ("head's size", "271,050 .* more than 267,033$", POLICY, POLICY + "        self.more = nn.Linear(23120, 1)\n"),
-    ("head's size", "more than 267,033 and than 2,000,000$", POLICY, POLICY + "        self.m = deepcopy(backbone)\n"),
+    (
+        "head's size",
+        "271,050 .* more than 267,033$",
+        POLICY,
+        POLICY + "        self.more = nn.Linear(23120, 1)\n",
+    ),
+    (
+        "head's size",
+        "more than 267,033 and than 2,000,000$",
+        POLICY,
+        POLICY + "        self.m = deepcopy(backbone)\n",
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, message, old, new", BROKEN, ids=[f"{case[0]}: {case[1]}" for case in BROKEN])
+@pytest.mark.parametrize(
+    "name, message, old, new", BROKEN, ids=[f"{case[0]}: {case[1]}" for case in BROKEN]
+)
 def test_a_broken_block_fails(name, message, old, new):
     if "CASTS" in message:
         new = "        with torch.no_grad():\n    " + new
-    found = [text for text in failures(edited("bc", (old, new)), only=name) if not text.startswith("text: ")]
+    found = [
+        text
+        for text in failures(edited("bc", (old, new)), only=name)
+        if not text.startswith("text: ")
+    ]
     assert len(found) == 1 and re.search(f"^{name}: .*({message})", found[0]), found
 
 
 CLEARED = '        inputs["prev_actions"] = previous'
 KEPT = '        inputs["tty_chars"], self.kept = getattr(self, "kept", inputs["tty_chars"]), inputs["tty_chars"]\n'
 TRAPS = [  # of our own block: the text, the mistake in its place, what is told
-    ("[:, begin:end].contiguous()", "[:, begin:end]", "view size is not compatible.*line"),
-    (" self.policy = nn.L", " self.shared.requires_grad_(False); self.policy = nn.L", "of every parameter"),
+    ("[:, start:end].contiguous()", "[:, start:end]", "view size is not compatible.*line"),
+    (
+        " self.policy = nn.L",
+        " self.shared.requires_grad_(False); self.policy = nn.L",
+        "of every parameter",
+    ),
     ("return loss, new_states", "return loss.double(), new_states", "loss is torch.float64"),
-    ("tuple(part.detach() for part in states[store_at])", "states[store_at]", "not detached"),
-    ("masked_fill(resets, self.model.no_action)", "masked_fill(resets, 121)", "trains.*Class values"),
+    ("tuple(part.detach() for part in core)", "core", "not detached"),
+    (
+        "masked_fill(begins, self.model.no_action)",
+        "masked_fill(begins, 121)",
+        "trains.*Class values",
+    ),
     ("masked_fill(rows, self.no_action)", "masked_fill(rows, 121)", "acts: .*Class values"),
     (CLEARED, KEPT + CLEARED, "keeps a view"),  # acts on the screens of the tick before
     ("torch.clear_autocast_cache()", "pass", "no gradient reaches .*backbone.topline.*CASTS"),
-    ("core_output.float()", "core_output.detach().float()", "no gradient reaches 30 parameters, backbone"),
+    (
+        "core_output.float()",
+        "core_output.detach().float()",
+        "no gradient reaches 30 parameters, backbone",
+    ),
     ('getattr(backbone, "no_action", 0)', "NO_ACTION", r"text: line \d+: NO_ACTION is neither"),
-    ('batch.get("starts", ended)', 'batch["starts"]', "KeyError: 'starts'"),
+    ('batch.get("starts", begun)', 'batch["starts"]', "KeyError: 'starts'"),
 ]
 
 
@@ -223,7 +373,10 @@ def test_a_mistake_in_our_block_is_found_by_name(old, new, message):
 def test_a_run_stops_at_what_cannot_go_on():
     block = check.Block("block.py", "x = (\n")
     assert [result[:2] for result in check.run_checks(block)] == [("text", False), ("loads", False)]
-    assert list(check.run_checks(edited("bc", ("self.backbone = backbone", "pass"))))[-1][:2] == ("builds", False)
+    assert list(check.run_checks(edited("bc", ("self.backbone = backbone", "pass"))))[-1][:2] == (
+        "builds",
+        False,
+    )
 
 
 # --- The whole file
@@ -234,7 +387,10 @@ def test_the_whole_file_must_import_by_path(tmp_path):
         ("\nimport sys\nsys.modules[__name__] = sys\n", "it registers itself in sys.modules$"),
         ("\ndel TrainConfig\n", "TrainConfig"),
         ("\nwith (open('a') as a, open('b') as b): pass\n", "Parenthesized context managers"),
-        ("\nawr_config = lambda _: AWRConfig(200)\n", "434,523 parameters beyond the backbone, more than 267,033$"),
+        (
+            "\nawr_config = lambda _: AWRConfig(200)\n",
+            "434,523 parameters beyond the backbone, more than 267,033$",
+        ),
     ):
         whole.write_text(text + more, encoding="utf-8")
         found = failures(check.read_block(whole), only="whole file by path")
@@ -253,22 +409,31 @@ def test_the_command_passes_and_exports(tmp_path):
     for name in ("bc", "ours"):  # an export may overwrite an export
         done = command(path_of(name), "--export", out)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert all(line.startswith("ok ") for line in done.stdout.splitlines()[:-1]) and done.stderr == ""
+        assert (
+            all(line.startswith("ok ") for line in done.stdout.splitlines()[:-1])
+            and done.stderr == ""
+        )
         exported, original = check.read_block(out), check.read_block(path_of(name))
         assert exported.source == original.source and exported.first_line == 2
-        assert [file.name for file in tmp_path.iterdir()] == ["block.py"]  # no temporary file, no __pycache__
+        # no temporary file, no __pycache__
+        assert [file.name for file in tmp_path.iterdir()] == ["block.py"]
 
 
 def test_the_command_fails_and_tells_what_it_will_not_do(tmp_path, capsys):
     bad, out = tmp_path / "bad.py", tmp_path / "block.py"
-    bad.write_text(edited("bc", ("OBSERVATIONS = (", "OBSERVATIONS = MISSING + (")).source, encoding="utf-8")
+    bad.write_text(
+        edited("bc", ("OBSERVATIONS = (", "OBSERVATIONS = MISSING + (")).source, encoding="utf-8"
+    )
     done = command(bad, "--export", out)
     assert done.returncode == 1 and done.stderr == "" and not out.exists()
-    assert "FAIL text: line 16: MISSING is neither defined nor provided" in done.stdout
+    assert "FAIL text: line 17: MISSING is neither defined nor provided" in done.stdout
     text = bad.read_text(encoding="utf-8")
     for place in (bad, tmp_path):
         assert check.main([str(path_of("bc")), "--export", str(place)]) == 2
-        assert "will not overwrite" in capsys.readouterr().err and bad.read_text(encoding="utf-8") == text
+        assert (
+            "will not overwrite" in capsys.readouterr().err
+            and bad.read_text(encoding="utf-8") == text
+        )
 
 
 # --- The stand-in
@@ -279,7 +444,8 @@ def test_the_loop_is_the_benchmarks():
     def train_step(batch, prev_actions, states):
         assert all(value.dtype == torch.float32 for value in batch.values())
         given.append((prev_actions.clone(), states))
-        batch["actions"].zero_()  # in place: the next previous actions are those that the block was given
+        # in place: the next previous actions are those that the block was given
+        batch["actions"].zero_()
         return model(torch.ones(1)).sum(), {"number": len(given)}, {"loss": 0.0}
 
     def steps(rewards, dones):
@@ -292,12 +458,16 @@ def test_the_loop_is_the_benchmarks():
     keep = lambda step, batch, before, *_: seen.append(before)
     check.run_training(algo, config, steps([2.0, 3.0, 90.0], [False, True, False]), 3, on_step=keep)
     # 2 / sqrt(4); 0.5 * 2 + 3 = 4, so 3 / sqrt((4 + 16) / 2); then the sum began again: 90 / sqrt((4 + 16 + 8100) / 3).
-    assert [before["rewards"][0, 0].item() for before in seen] == pytest.approx([1.0, 3 / 10**0.5, 1.5])
+    assert [before["rewards"][0, 0].item() for before in seen] == pytest.approx(
+        [1.0, 3 / 10**0.5, 1.5]
+    )
     assert [states for _, states in given] == [{}, {"number": 1}, {"number": 2}]
     assert all(actions.dtype == torch.int64 for actions, _ in given) and not given[0][0].any()
     for (actions, _), before, after in zip(given[1:], seen, seen[1:]):
         assert torch.equal(actions, before["actions"][:, -2:-1].long())
-        assert all(torch.equal(before[name][:, -1], after[name][:, 0]) for name in ("actions", "tty_chars"))
+        assert all(
+            torch.equal(before[name][:, -1], after[name][:, 0]) for name in ("actions", "tty_chars")
+        )
 
 
 def test_the_backbone_is_katakombas():
@@ -305,7 +475,10 @@ def test_the_backbone_is_katakombas():
     lstm = 4 * 2048 * ((128 + 128 + 512 + 121) + 2048 + 2) + 4 * 2048 * (2048 + 2048 + 2)
     assert sum(p.numel() for p in backbone.rnn.parameters()) == lstm
     small = check.ModelBackbone(5, rnn_hidden_dim=4, width=8)
-    inputs = {k: torch.as_tensor(v) for k, v in check.made_up_frames(np.random.default_rng(0), 1, 2).items()}
+    inputs = {
+        k: torch.as_tensor(v)
+        for k, v in check.made_up_frames(np.random.default_rng(0), 1, 2).items()
+    }
     small({**inputs, "prev_actions": torch.tensor([[0, 4]])})
     for wrong in ([[0, 5]], [[0.0, 4.0]]):
         with pytest.raises(RuntimeError, match=r"Class values|one_hot"):
@@ -313,7 +486,9 @@ def test_the_backbone_is_katakombas():
 
 
 def test_the_helpers():
-    assert check.asymmetric_l2_loss(torch.tensor([-2.0, 1.0]), 0.8).item() == pytest.approx((0.2 * 4 + 0.8 * 1) / 2)
+    assert check.asymmetric_l2_loss(torch.tensor([-2.0, 1.0]), 0.8).item() == pytest.approx(
+        (0.2 * 4 + 0.8 * 1) / 2
+    )
     target, source = nn.Linear(1, 1), nn.Linear(1, 1)
     expected = 0.75 * target.weight.item() + 0.25 * source.weight.item()
     check.soft_update(target, source, 0.25)
@@ -331,7 +506,9 @@ def test_our_block_gets_over_the_first_rewards():
             yield {**batch, "rewards": (batch["rewards"] > 0) * (1.0 if step >= 40 else 0.0)}
 
     def on_step(step, batch, before, loss, states, info):
-        assert torch.isfinite(loss) and (step != 41 or before["rewards"].max() == trial.config.clip_range)
+        assert torch.isfinite(loss) and (
+            step != 41 or before["rewards"].max() == trial.config.clip_range
+        )
         value_losses.append(info["value_loss"].item())
 
     check.run_training(algo, trial.config, rewards_come_late(), 100, on_step=on_step)
@@ -349,7 +526,8 @@ class TinyBackbone(nn.Module):
         self.encode = nn.Linear(2, 3)
 
     def forward(self, inputs, state=None):
-        pair = torch.stack([inputs["tty_chars"], inputs["prev_actions"].float()], dim=-1)  # [B, T, 2]
+        # [B, T, 2]
+        pair = torch.stack([inputs["tty_chars"], inputs["prev_actions"].float()], dim=-1)
         h = torch.zeros(1, len(pair), 3) if state is None else state[0]
         return torch.tanh(self.encode(pair)), (h + pair.shape[1], h)
 
@@ -386,10 +564,14 @@ def test_a_reference_is_its_equations(name):
 
     def core(model, b, t):
         previous = first[b, 0] if t == 0 else batch["actions"][b, t - 1]
-        return torch.tanh(model.backbone.encode(torch.stack([batch["tty_chars"][b, t], previous.float()])))
+        return torch.tanh(
+            model.backbone.encode(torch.stack([batch["tty_chars"][b, t], previous.float()]))
+        )
 
     def q_values(model, b, t):
-        pair = torch.cat([core(model, b, t), nn.functional.one_hot(batch["actions"][b, t], 4).float()])
+        pair = torch.cat(
+            [core(model, b, t), nn.functional.one_hot(batch["actions"][b, t], 4).float()]
+        )
         return model.q1(pair).item(), model.q2(pair).item()
 
     terms = []  # of each frame that counts
@@ -397,7 +579,10 @@ def test_a_reference_is_its_equations(name):
         action, output = batch["actions"][b, t], core(algo.model, b, t)
         discount, reward = 0.0 if batch["dones"][b, t] else 0.9, batch["rewards"][b, t].item()
         if name == "cql":
-            q, following = algo.model.q(output), algo.target.q(core(algo.target, b, t + 1)).max().item()
+            q, following = (
+                algo.model.q(output),
+                algo.target.q(core(algo.target, b, t + 1)).max().item(),
+            )
             gap = torch.log(torch.exp(q).sum()).item() - q[action].item()
             terms.append((2 * (q[action].item() - reward - discount * following) ** 2, gap, gap))
             continue
@@ -412,7 +597,12 @@ def test_a_reference_is_its_equations(name):
     *losses, per_action = np.mean(terms, axis=0)
     assert loss.item() == pytest.approx(sum(losses), rel=1e-5)
     assert info["loss_per_action"].item() == pytest.approx(per_action, rel=1e-5)
-    assert set(states) == {"bc": {"online"}, "cql": {"online", "target"}, "iql": {"online", "target", "next"}}[name]
+    assert (
+        set(states)
+        == {"bc": {"online"}, "cql": {"online", "target"}, "iql": {"online", "target", "next"}}[
+            name
+        ]
+    )
     for rounds in (2, 3):  # the states run on, whatever ended or started: 4 new frames a batch
         _, states, _ = algo.train_step(batch, first, states)
         assert all((h == 4 * rounds).all() for h, _ in states.values())
@@ -437,5 +627,8 @@ def test_a_reference_acts_by_argmax(name):
     head = algo.model.q if name == "cql" else algo.model.policy
     inputs = {"tty_chars": torch.tensor(numbers)[:, None], "prev_actions": torch.zeros(6, 1)}
     core_output, _ = algo.model.backbone(inputs)
-    assert np.array_equal(actions, head(core_output)[:, 0].argmax(-1).numpy()) and len(set(actions)) > 1
+    assert (
+        np.array_equal(actions, head(core_output)[:, 0].argmax(-1).numpy())
+        and len(set(actions)) > 1
+    )
     assert (algo.model.vec_act(obs, state)[1][0] == 2).all()

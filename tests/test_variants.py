@@ -35,8 +35,14 @@ def algorithm_of(module):
 
 @pytest.fixture
 def batches(games):
-    """Batches of four rows of recorded games, as they come from the loader."""
-    return pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0).batch_at
+    """Batches of four rows of recorded games, as they come from the loader, prev_actions among them."""
+    loader = pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0)
+
+    def batch_at(number):
+        batch, prev_actions = loader.batch_at(number)
+        return {**batch, "prev_actions": prev_actions}
+
+    return batch_at
 
 
 def step(algorithm, batch, states=None):
@@ -61,12 +67,21 @@ def test_each_one_is_a_submission_that_learns_resumes_and_acts(path, batches):
         optimizer.step()
         algorithm.after_gradient_step()
         losses.append(info["loss_per_action"].item())
-        assert all(part.ndim == 0 and not part.requires_grad for part in info.values()) and info["loss"].isfinite()
-        pomdp.map_tensors(lambda part: part.requires_grad and pytest.fail("states carry gradients"), states)
+        assert (
+            all(part.ndim == 0 and not part.requires_grad for part in info.values())
+            and info["loss"].isfinite()
+        )
+        pomdp.map_tensors(
+            lambda part: part.requires_grad and pytest.fail("states carry gradients"), states
+        )
     assert losses[-1] < losses[0] - 0.2
     actions, state = algorithm.model.eval().vec_act(observations(batches(0)))
     again, _ = algorithm.model.vec_act(observations(batches(0), 1), state)
-    assert actions.shape == again.shape == (4,) and 0 <= min(actions) and max(actions) < pomdp.NUM_ACTIONS
+    assert (
+        actions.shape == again.shape == (4,)
+        and 0 <= min(actions)
+        and max(actions) < pomdp.NUM_ACTIONS
+    )
     if path in REFERENCES:  # greedy
         assert (actions == algorithm.model.vec_act(observations(batches(0)))[0]).all()
     if path in REFERENCES:  # the heads have the benchmark's sizes
@@ -74,7 +89,9 @@ def test_each_one_is_a_submission_that_learns_resumes_and_acts(path, batches):
         backbone.rnn_hidden_dim, backbone.num_actions = 2048, 121
         size = sum(weight.numel() for weight in type(algorithm.model)(backbone).parameters())
         assert size == (254_318 if path.stem == "iql" else 247_929)
-    extra = {name for name, part in vars(algorithm).items() if isinstance(part, torch.nn.Module)} - {"model"}
+    extra = {
+        name for name, part in vars(algorithm).items() if isinstance(part, torch.nn.Module)
+    } - {"model"}
     assert extra == ({"target"} if path.stem in ("cql", "iql") else set())
 
 
@@ -92,10 +109,15 @@ def test_the_references_losses_are_those_of_the_papers(path, batches):
     previous = torch.cat([batch["prev_actions"], batch["actions"][:, :-1]], dim=1)
     frames = {**{name: batch[name] for name in pomdp.OBSERVATIONS}, "prev_actions": previous}
     core = algorithm.model.backbone({name: value[:, :8] for name, value in frames.items()})[0]
-    after = algorithm.model.backbone({name: value[:, 1:] for name, value in frames.items()})[0]  # a stream of its own
+    # a stream of its own
+    after = algorithm.model.backbone({name: value[:, 1:] for name, value in frames.items()})[0]
     losses = {name: [] for name in ("policy", "td", "value")}
     for row, t in zip(*np.nonzero(batch["mask"][:, :8].numpy())):
-        a, r, goes_on = batch["actions"][row, t], batch["rewards"][row, t], 0.999 * (1 - batch["dones"][row, t].float())
+        a, r, goes_on = (
+            batch["actions"][row, t],
+            batch["rewards"][row, t],
+            0.999 * (1 - batch["dones"][row, t].float()),
+        )
         if path.stem == "cql":
             q = algorithm.model.q(core[row, t])
             losses["policy"].append(-q.log_softmax(-1)[a])
@@ -105,13 +127,22 @@ def test_the_references_losses_are_those_of_the_papers(path, batches):
         if path.stem == "iql":
             chosen = torch.eye(pomdp.NUM_ACTIONS)[a]
             pair = torch.cat([core[row, t], chosen])
-            q = [part.get_submodule(name)(pair) for part in (algorithm.model, target) for name in ("q1", "q2")]
+            q = [
+                part.get_submodule(name)(pair)
+                for part in (algorithm.model, target)
+                for name in ("q1", "q2")
+            ]
             u = min(q[2], q[3]) - algorithm.model.value(core[row, t])
-            weight, y = min(u.exp(), torch.tensor(100.0)), r + goes_on * algorithm.model.value(after[row, t])
+            weight, y = (
+                min(u.exp(), torch.tensor(100.0)),
+                r + goes_on * algorithm.model.value(after[row, t]),
+            )
             losses["value"].append((0.8 if u > 0 else 0.2) * u**2)
             losses["td"].append(((q[0] - y) ** 2 + (q[1] - y) ** 2) / 2)
         losses["policy"].append(weight * -algorithm.model.policy(core[row, t]).log_softmax(-1)[a])
-    expected = sum(torch.stack([value.squeeze() for value in each]).mean() for each in losses.values() if each)
+    expected = sum(
+        torch.stack([value.squeeze() for value in each]).mean() for each in losses.values() if each
+    )
     assert step(algorithm, batch)[0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -125,14 +156,19 @@ def test_the_average_is_what_is_scored_played_and_saved(batches):
         optimizer.step()
         algorithm.after_gradient_step()
         rate = (1 + update) / (10 + update)
-        expected = [rate * old + (1 - rate) * new.detach() for old, new in zip(expected, algorithm.parameters())]
+        expected = [
+            rate * old + (1 - rate) * new.detach()
+            for old, new in zip(expected, algorithm.parameters())
+        ]
     latest = [weight.detach().clone() for weight in algorithm.parameters()]
     assert any(not torch.allclose(old, new) for old, new in zip(latest, expected))
     restored = algorithm_of(averaged_weights)  # what a checkpoint holds is enough to play
     restored.model.load_state_dict(algorithm.model.state_dict())
     for each in (algorithm, restored):
         each.model.eval().eval()
-        torch.testing.assert_close([weight.detach() for weight in each.parameters()], expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            [weight.detach() for weight in each.parameters()], expected, rtol=1e-5, atol=1e-7
+        )
     algorithm.model.train()
     assert all(torch.equal(old, new) for old, new in zip(latest, algorithm.parameters()))
 
@@ -140,9 +176,13 @@ def test_the_average_is_what_is_scored_played_and_saved(batches):
 def test_bins_hold_a_gaussian_whose_mean_is_the_target():
     targets = torch.tensor([-7.0, -4.0, -0.3, 0.0, 1.25, 9.0, 12.0])
     bins = hl_gauss.target_bins(targets)
-    centres = hl_gauss.LOW + (torch.arange(hl_gauss.BINS) + 0.5) * (hl_gauss.HIGH - hl_gauss.LOW) / hl_gauss.BINS
+    centres = (
+        hl_gauss.LOW
+        + (torch.arange(hl_gauss.BINS) + 0.5) * (hl_gauss.HIGH - hl_gauss.LOW) / hl_gauss.BINS
+    )
     torch.testing.assert_close(bins.sum(-1), torch.ones(len(targets)))
-    torch.testing.assert_close(bins @ centres, targets.clamp(-5, 10), atol=0.25, rtol=0)  # cut at the range's ends
+    # cut at the range's ends
+    torch.testing.assert_close(bins @ centres, targets.clamp(-5, 10), atol=0.25, rtol=0)
     torch.testing.assert_close((bins @ centres)[2:5], targets[2:5], atol=1e-3, rtol=0)
 
 
@@ -175,7 +215,9 @@ def test_outside_of_the_crop_nothing_is_seen(batches):
     algorithm = algorithm_of(crop_only)  # and nothing else reaches its backbone
     seen["prev_actions"] = inputs["prev_actions"] = batch["actions"]
     outputs = [algorithm.model.backbone(part)[0] for part in (inputs, seen)]
-    assert torch.equal(*outputs) and not torch.equal(outputs[0], algorithm_of(pomdp).model.backbone(inputs)[0])
+    assert torch.equal(*outputs) and not torch.equal(
+        outputs[0], algorithm_of(pomdp).model.backbone(inputs)[0]
+    )
 
 
 @torch.no_grad()
@@ -185,7 +227,9 @@ def test_the_plain_head_sees_the_output_as_it_comes():
     deviation = output.var(-1, unbiased=False, keepdim=True).add(1e-5).sqrt()
     normal = (output - output.mean(-1, keepdim=True)) / deviation
     chars = torch.zeros(2, 3, 24, 80)
-    torch.testing.assert_close(plain.head(normal, chars), ours.head(output, chars), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        plain.head(normal, chars), ours.head(output, chars), atol=1e-5, rtol=1e-5
+    )
     assert not torch.allclose(plain.head(output, chars)[0], ours.head(output, chars)[0])
 
 

@@ -1,7 +1,6 @@
 """Watching: the agent's game is evaluation's, what is shown is what was seen, keys do what they say."""
 
 import bz2
-import contextlib
 import fcntl
 import json
 import os
@@ -36,11 +35,12 @@ QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Of a small agent whose actions are spread out, in half precision, as agents are shipped."""
-    sizes = dict(rnn_hidden_dim=24, rnn_layers=1, eval_processes=3, eval_workers=1, eval_max_steps=50)
+    sizes = dict(rnn_hidden_dim=24, rnn_layers=1, eval_processes=3, eval_max_steps=50)
     config = pomdp.TrainConfig(character=MONK, device="cpu", **sizes)
     pomdp.set_seed(1)
     model = pomdp.make_algorithm(config, CPU).model
-    model.policy.weight.data *= 60  # an untrained policy is close to uniform, and its favourite always the same
+    # an untrained policy is close to uniform, and its favourite always the same
+    model.policy.weight.data *= 60
     content = {"format": pomdp.CHECKPOINT_FORMAT, "step": 1, "config": json.dumps(asdict(config))}
     content["model"] = {name: tensor.half() for name, tensor in model.state_dict().items()}
     path = tmp_path_factory.mktemp("agent") / "small.pt"
@@ -60,14 +60,16 @@ def recorded():
 
 def command(*arguments):
     line = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(line, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=120, input="")
+    return subprocess.run(
+        line, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=120, input=""
+    )
 
 
 # --- the agent's own games
 @pytest.fixture(scope="module")
 def evaluated(checkpoint):
     """Six games of an evaluation: all rows' screens and actions tick by tick, and the results."""
-    algorithm, config, _ = pomdp.load_agent(checkpoint)
+    algorithm, config, _ = pomdp.load_agent(checkpoint, eval_episodes=6)
     screens, actions, act = [], [], algorithm.model.vec_act
 
     def vec_act(obs, *others, **more):
@@ -77,8 +79,7 @@ def evaluated(checkpoint):
         return chosen, state
 
     algorithm.model.vec_act = vec_act
-    with contextlib.closing(pomdp.GamePool(config)) as pool:
-        return screens, actions, pomdp.vec_evaluate(pool, algorithm.model, MONK, 6, config.eval_seed, CPU)
+    return screens, actions, pomdp.vec_evaluate(algorithm.model, MONK, config, CPU)
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
@@ -87,11 +88,21 @@ def test_the_game_is_the_one_that_evaluation_plays(checkpoint, evaluated, number
     screens, actions, results = evaluated
     algorithm, config, _ = pomdp.load_agent(checkpoint)
     row = number % 3
-    *views, last = watch.agent_game(watch.Actor(algorithm.model, CPU, config.eval_seed, 8, row), config, number, 1000)
+    *views, last = watch.agent_game(
+        watch.Actor(algorithm.model, CPU, config.eval_seed, 8, row), config, number, 1000
+    )
     first = sum(results[k].length for k in range(row, number, 3))
-    assert [view.action for view in views] == [chosen[row] for chosen in actions[first : first + 50]]
-    assert all(np.array_equal(view.chars, screen[row]) for view, screen in zip(views, screens[first:]))
-    assert (last.score, last.turn, last.step) == (results[number].score, results[number].turns, results[number].length)
+    assert [view.action for view in views] == [
+        chosen[row] for chosen in actions[first : first + 50]
+    ]
+    assert all(
+        np.array_equal(view.chars, screen[row]) for view, screen in zip(views, screens[first:])
+    )
+    assert (last.score, last.turn, last.step) == (
+        results[number].score,
+        results[number].turns,
+        results[number].length,
+    )
     assert last.note == "the end: step limit" and len({view.action for view in views}) > 3
 
 
@@ -102,12 +113,16 @@ def test_probabilities_and_value_are_the_model_s(checkpoint, recorded):
     part = pomdp.Frames(*(array[:steps] for array in frames))
     previous = np.append(pomdp.NO_ACTION, part.actions[:-1]).astype(np.int64)
     arrays = (part.chars, part.colors, part.cursor, pomdp.read_blstats(part.chars), previous)
-    inputs = {name: torch.as_tensor(array)[None] for name, array in zip((*pomdp.OBSERVATIONS, "prev_actions"), arrays)}
+    inputs = {
+        name: torch.as_tensor(array)[None]
+        for name, array in zip((*pomdp.OBSERVATIONS, "prev_actions"), arrays)
+    }
     common = int(np.bincount(part.actions).argmax())
     with torch.no_grad():
         core_output, _ = model.backbone(inputs)
         logits, values = model.head(core_output, inputs["tty_chars"])
-        bias = (logits[0].max(-1).values - logits[0, :, common]).median() + 0.01  # its favourite in half of the frames
+        # its favourite in half of the frames
+        bias = (logits[0].max(-1).values - logits[0, :, common]).median() + 0.01
         model.policy.bias[common] += bias
         logits[0, :, common] += bias
     views = list(watch.recorded_game(path, watch.Actor(model, CPU, 50), steps))
@@ -116,7 +131,9 @@ def test_probabilities_and_value_are_the_model_s(checkpoint, recorded):
     np.testing.assert_allclose([view.value for view in views], values[0].numpy(), atol=1e-3)
     keys = np.array([int(action) for action in pomdp.nethack.ACTIONS])
     agreed = int((keys[wanted.argmax(-1)] == keys[part.actions]).sum())
-    assert views[-1].note == f"the agent's likeliest: {agreed} of {steps} keys" and 0 < agreed < steps
+    assert (
+        views[-1].note == f"the agent's likeliest: {agreed} of {steps} keys" and 0 < agreed < steps
+    )
 
 
 # --- recorded games
@@ -126,10 +143,15 @@ def test_a_recorded_game_is_shown_whole(recorded):
     played = [view for view in views if view.action is not None]
     assert len(played) == len(frames.chars) < len(views), "the tombstone is shown as well"
     for name in ("chars", "colors", "cursor"):
-        assert all(np.array_equal(getattr(view, name), array) for view, array in zip(played, getattr(frames, name)))
+        assert all(
+            np.array_equal(getattr(view, name), array)
+            for view, array in zip(played, getattr(frames, name))
+        )
     assert [view.action for view in played] == frames.actions.tolist()
     assert [view.score for view in played] == frames.scores.tolist()
-    assert {(view.note, view.score) for view in views[len(played) :]} == {("the game is over", frames.scores[-1])}
+    assert {(view.note, view.score) for view in views[len(played) :]} == {
+        ("the game is over", frames.scores[-1])
+    }
 
 
 def test_a_recording_that_breaks_off_is_shown_so_far(tmp_path, recorded):
@@ -138,7 +160,9 @@ def test_a_recording_that_breaks_off_is_shown_so_far(tmp_path, recorded):
     broken.write_bytes(bz2.compress(content[: len(content) // 2]))
     rubbish.write_text("rubbish")
     done = command("--game", broken, "--every", 1000)
-    assert done.returncode == 0 and re.search(r"step \d{2,}, .*breaks off", done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and re.search(
+        r"step \d{2,}, .*breaks off", done.stdout.splitlines()[-1]
+    )
     done = command("--game", rubbish)
     assert done.returncode == 2 and "holds no frame" in done.stderr and done.stderr.count("\n") == 1
 
@@ -146,14 +170,22 @@ def test_a_recording_that_breaks_off_is_shown_so_far(tmp_path, recorded):
 # --- what is drawn
 def test_colours_and_bytes_that_are_no_text(monkeypatch):
     """All 16 colours, plain and inverse; the panel at the game's right, or below it in a narrow terminal."""
-    chars, colors = np.full((24, 80), ord("a"), np.uint8), np.tile(np.arange(80, dtype=np.int8) % 32, (24, 1))
+    chars, colors = (
+        np.full((24, 80), ord("a"), np.uint8),
+        np.tile(np.arange(80, dtype=np.int8) % 32, (24, 1)),
+    )
     chars[0, :3] = (7, 127, 200)
     view = watch.View(chars, colors, np.array([3, 4]), 1, 2, 3)
     cells = re.findall(r"\x1b\[([\d;]*)m([^\x1b])", watch.game_lines(view, True)[0])
     codes = [37, *range(31, 38), *range(90, 98)]  # black is shown as grey
-    assert [style for style, _ in cells[:32]] == [f"0;{code}" for code in codes] + [f"0;7;{code}" for code in codes]
+    assert [style for style, _ in cells[:32]] == [f"0;{code}" for code in codes] + [
+        f"0;7;{code}" for code in codes
+    ]
     assert "".join(char for _, char in cells) == " ??" + 77 * "a"
-    for columns, row, wanted in ((120, 1, r".*a\x1b\[0m\| step  1 +turn  2"), (80, 26, "step  1 +turn  2")):
+    for columns, row, wanted in (
+        (120, 1, r".*a\x1b\[0m\| step  1 +turn  2"),
+        (80, 26, "step  1 +turn  2"),
+    ):
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setenv("LINES", "30")
         assert re.fullmatch(wanted, watch.draw(view, "title", "").split("\x1b[K\n")[row])
@@ -161,7 +193,11 @@ def test_colours_and_bytes_that_are_no_text(monkeypatch):
 
 def test_names_of_actions():
     names = [watch.action_name(action) for action in range(pomdp.NUM_ACTIONS)]
-    assert names[:2] == ["N (k)", "E (l)"] and names[8] == "run N (K)" and len(set(names)) == len(names)
+    assert (
+        names[:2] == ["N (k)", "E (l)"]
+        and names[8] == "run N (K)"
+        and len(set(names)) == len(names)
+    )
     assert {"ESC (ESC)", "SPACE (space)", "MORE (Enter)", "KICK (^D)", "PRAY (M-p)"} < set(names)
 
 
@@ -173,9 +209,14 @@ def test_frames_as_text(checkpoint, evaluated):
     *frames, last = done.stdout.split("-" * 80 + "\n")
     for number, frame in zip(range(2, 51, 7), frames, strict=True):
         shown = watch.View(screens[results[1].length + number][1], None, None, 0, 0, 0)
-        assert frame.split("\n")[:24] == watch.game_lines(shown, False) and f"step  {number} " in frame
+        assert (
+            frame.split("\n")[:24] == watch.game_lines(shown, False) and f"step  {number} " in frame
+        )
         assert f"key   {watch.action_name(int(actions[results[1].length + number][1]))}\n" in frame
-    assert last == f"{MONK}, game 4 of seed 50: step 50, turn {results[4].turns}, score 0; the end: step limit\n"
+    assert (
+        last
+        == f"{MONK}, game 4 of seed 50: step 50, turn {results[4].turns}, score 0; the end: step limit\n"
+    )
 
 
 # --- the terminal
@@ -208,7 +249,9 @@ class Session:
 
     def end(self):
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        assert termios.tcgetattr(self.file)[3] & termios.ICANON, "the terminal takes keys without Enter"
+        assert termios.tcgetattr(self.file)[3] & termios.ICANON, (
+            "the terminal takes keys without Enter"
+        )
         os.close(self.file)
         return code
 
@@ -250,7 +293,12 @@ def test_mistakes_get_one_line(checkpoint, capsys):
         "none.pt cannot be read as a checkpoint": ["--checkpoint", "none.pt"],
         "there is no recorded game": ["--game", "none.ttyrec3.bz2"],
         "did you mean mon-hum-neu": ["--checkpoint", checkpoint, "--character", "mon-hum-neo"],
-        "the submission none.py cannot be used": ["--checkpoint", checkpoint, "--submission", "none.py"],
+        "the submission none.py cannot be used": [
+            "--checkpoint",
+            checkpoint,
+            "--submission",
+            "none.py",
+        ],
         "--speed must be at least 0.1": ["--game", __file__, "--speed", "0"],
     }.items():
         assert watch.main(arguments) == 2

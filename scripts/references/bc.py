@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats", "screen_image")  # ours, or the benchmark's
+# ours, or the benchmark's
+OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats", "screen_image")
 
 
 class Model(nn.Module):
@@ -25,9 +26,15 @@ class Model(nn.Module):
         self.policy = nn.Linear(backbone.rnn_hidden_dim, backbone.num_actions)
 
     @torch.no_grad()
-    def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
-        inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
-        core_output, state = self.backbone({**inputs, "prev_actions": inputs["prev_actions"].long()}, state)
+    def vec_act(
+        self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu"
+    ) -> Tuple[np.ndarray, Any]:
+        inputs = {
+            name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()
+        }
+        core_output, state = self.backbone(
+            {**inputs, "prev_actions": inputs["prev_actions"].long()}, state
+        )
         return self.policy(core_output[:, 0]).argmax(dim=-1).cpu().numpy(), state
 
 
@@ -41,15 +48,21 @@ class OfflineAlgorithm:
     def after_gradient_step(self) -> None:
         """There is no target network."""
 
-    def train_step(self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]) -> Tuple[Any, ...]:
+    def train_step(
+        self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]
+    ) -> Tuple[Any, ...]:
         actions = batch["actions"][:, :-1].long()  # [B, T]
         counts = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1].float()
         inputs = {name: batch[name][:, :-1].contiguous() for name in OBSERVATIONS if name in batch}
         inputs["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)
         core_output, state = self.model.backbone(inputs, rnn_states.get("online"))
         logits = self.model.policy(core_output).float()  # [B, T, A]
-        nll = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view_as(actions)
+        nll = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view_as(
+            actions
+        )
         correct = (logits.argmax(dim=-1) == actions).float()
-        loss, accuracy = ((values * counts).sum() / counts.sum().clamp(min=1.0) for values in (nll, correct))
+        loss, accuracy = (
+            (values * counts).sum() / counts.sum().clamp(min=1.0) for values in (nll, correct)
+        )
         info = {"loss": loss.detach(), "loss_per_action": loss.detach(), "accuracy": accuracy}
         return loss, {"online": tuple(part.detach() for part in state)}, info

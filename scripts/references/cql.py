@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats", "screen_image")  # ours, or the benchmark's
+# ours, or the benchmark's
+OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats", "screen_image")
 
 
 class Model(nn.Module):
@@ -33,8 +34,12 @@ class Model(nn.Module):
         return self.q(core_output).float(), state  # [B, T, A]
 
     @torch.no_grad()
-    def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
-        inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
+    def vec_act(
+        self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu"
+    ) -> Tuple[np.ndarray, Any]:
+        inputs = {
+            name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()
+        }
         q, state = self({**inputs, "prev_actions": inputs["prev_actions"].long()}, state)
         return q[:, 0].argmax(dim=-1).cpu().numpy(), state
 
@@ -54,22 +59,39 @@ class OfflineAlgorithm:
         for old, new in zip(self.target.parameters(), self.model.parameters()):
             old.lerp_(new, self.tau)
 
-    def train_step(self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]) -> Tuple[Any, ...]:
-        actions, rewards, dones = (batch[name][:, :-1] for name in ("actions", "rewards", "dones"))  # [B, T]
+    def train_step(
+        self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]
+    ) -> Tuple[Any, ...]:
+        # [B, T]
+        actions, rewards, dones = (batch[name][:, :-1] for name in ("actions", "rewards", "dones"))
         counts = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1].float()
         actions, names = actions.long(), [name for name in OBSERVATIONS if name in batch]
         now = {name: batch[name][:, :-1].contiguous() for name in names}
         now["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)
-        after = {**{name: batch[name][:, 1:].contiguous() for name in names}, "prev_actions": actions}
+        after = {
+            **{name: batch[name][:, 1:].contiguous() for name in names},
+            "prev_actions": actions,
+        }
 
         with torch.no_grad():
             next_q, target_state = self.target(after, rnn_states.get("target"))
             target = rewards + self.gamma * (1.0 - dones.float()) * next_q.amax(dim=-1)
         q, state = self.model(now, rnn_states.get("online"))
         taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # [B, T]
-        each = {"loss_per_action": q.logsumexp(dim=-1) - taken, "td_loss": (taken - target) ** 2, "q_target": target}
+        each = {
+            "loss_per_action": q.logsumexp(dim=-1) - taken,
+            "td_loss": (taken - target) ** 2,
+            "q_target": target,
+        }
         each["accuracy"] = (q.argmax(dim=-1) == actions).float()
-        info = {name: (values * counts).sum() / counts.sum().clamp(min=1.0) for name, values in each.items()}
+        info = {
+            name: (values * counts).sum() / counts.sum().clamp(min=1.0)
+            for name, values in each.items()
+        }
         loss = 2.0 * info["td_loss"] + info["loss_per_action"]
         states = {"online": tuple(part.detach() for part in state), "target": target_state}
-        return loss, states, {name: value.detach() for name, value in {"loss": loss, **info}.items()}
+        return (
+            loss,
+            states,
+            {name: value.detach() for name, value in {"loss": loss, **info}.items()},
+        )

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats", "screen_image")  # ours, or the benchmark's
+# ours, or the benchmark's
+OBSERVATIONS = ("tty_chars", "tty_colors", "tty_cursor", "blstats", "screen_image")
 EXPECTILE, MAX_WEIGHT = 0.8, 100.0
 
 
@@ -36,13 +37,21 @@ class Model(nn.Module):
 
     def q(self, core_output: Tensor, actions: Tensor) -> Tensor:
         """[B, T, H], [B, T] -> [2, B, T]"""
-        pair = torch.cat([core_output, F.one_hot(actions, self.num_actions).to(core_output.dtype)], dim=-1)
+        pair = torch.cat(
+            [core_output, F.one_hot(actions, self.num_actions).to(core_output.dtype)], dim=-1
+        )
         return torch.stack([self.q1(pair).squeeze(-1), self.q2(pair).squeeze(-1)]).float()
 
     @torch.no_grad()
-    def vec_act(self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu") -> Tuple[np.ndarray, Any]:
-        inputs = {name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()}
-        core_output, state = self.backbone({**inputs, "prev_actions": inputs["prev_actions"].long()}, state)
+    def vec_act(
+        self, obs: Dict[str, np.ndarray], state: Any = None, device: str = "cpu"
+    ) -> Tuple[np.ndarray, Any]:
+        inputs = {
+            name: torch.as_tensor(array, device=device)[:, None] for name, array in obs.items()
+        }
+        core_output, state = self.backbone(
+            {**inputs, "prev_actions": inputs["prev_actions"].long()}, state
+        )
         return self.policy(core_output[:, 0]).argmax(dim=-1).cpu().numpy(), state
 
 
@@ -61,33 +70,63 @@ class OfflineAlgorithm:
         for old, new in zip(self.target.parameters(), self.model.parameters()):
             old.lerp_(new, self.tau)
 
-    def train_step(self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]) -> Tuple[Any, ...]:
-        actions, rewards, dones = (batch[name][:, :-1] for name in ("actions", "rewards", "dones"))  # [B, T]
+    def train_step(
+        self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]
+    ) -> Tuple[Any, ...]:
+        # [B, T]
+        actions, rewards, dones = (batch[name][:, :-1] for name in ("actions", "rewards", "dones"))
         counts = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1].float()
         actions, names = actions.long(), [name for name in OBSERVATIONS if name in batch]
         now = {name: batch[name][:, :-1].contiguous() for name in names}
         now["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)
-        after = {**{name: batch[name][:, 1:].contiguous() for name in names}, "prev_actions": actions}
+        after = {
+            **{name: batch[name][:, 1:].contiguous() for name in names},
+            "prev_actions": actions,
+        }
         model, states = self.model, {}
 
         with torch.no_grad():
             core_output, states["target"] = self.target.backbone(now, rnn_states.get("target"))
             target_q = self.target.q(core_output, actions).amin(dim=0)  # [B, T]
         core_output, states["online"] = model.backbone(now, rnn_states.get("online"))
-        logits, values = model.policy(core_output).float(), model.value(core_output).squeeze(-1).float()
+        logits, values = (
+            model.policy(core_output).float(),
+            model.value(core_output).squeeze(-1).float(),
+        )
         q = model.q(core_output, actions)  # [2, B, T]
-        with torch.no_grad():  # last: autocast would use half precision weights again that were cast without gradient
+        # last: autocast would use half precision weights again that were cast without gradient
+        with torch.no_grad():
             core_output, states["next"] = model.backbone(after, rnn_states.get("next"))
             next_values = model.value(core_output).squeeze(-1).float()
             target = rewards + self.gamma * (1.0 - dones.float()) * next_values
 
         u = target_q - values
         weights = torch.exp(u.detach().clamp(max=math.log(MAX_WEIGHT)))
-        nll = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view_as(actions)
-        each = {"value_loss": torch.where(u < 0, 1.0 - EXPECTILE, EXPECTILE) * u**2, "policy_loss": weights * nll}
-        each.update(td_loss=((q - target) ** 2).mean(dim=0), loss_per_action=nll, advantage=u, q_target=target)
-        each.update(accuracy=(logits.argmax(dim=-1) == actions).float(), weight_clipped=(weights >= MAX_WEIGHT).float())
-        info = {name: (values * counts).sum() / counts.sum().clamp(min=1.0) for name, values in each.items()}
+        nll = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view_as(
+            actions
+        )
+        each = {
+            "value_loss": torch.where(u < 0, 1.0 - EXPECTILE, EXPECTILE) * u**2,
+            "policy_loss": weights * nll,
+        }
+        each.update(
+            td_loss=((q - target) ** 2).mean(dim=0),
+            loss_per_action=nll,
+            advantage=u,
+            q_target=target,
+        )
+        each.update(
+            accuracy=(logits.argmax(dim=-1) == actions).float(),
+            weight_clipped=(weights >= MAX_WEIGHT).float(),
+        )
+        info = {
+            name: (values * counts).sum() / counts.sum().clamp(min=1.0)
+            for name, values in each.items()
+        }
         loss = info["value_loss"] + info["td_loss"] + info["policy_loss"]
         states = {name: tuple(part.detach() for part in state) for name, state in states.items()}
-        return loss, states, {name: value.detach() for name, value in {"loss": loss, **info}.items()}
+        return (
+            loss,
+            states,
+            {name: value.detach() for name, value in {"loss": loss, **info}.items()},
+        )

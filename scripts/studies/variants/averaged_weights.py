@@ -25,7 +25,10 @@ class Model(ours.Model):
     def train(self, mode: bool = True) -> "Model":
         """Between eval() and train() the weights and their average are exchanged."""
         if mode != self.training:
-            latest, sizes = parameters_to_vector(self.parameters()), [weight.numel() for weight in self.parameters()]
+            latest, sizes = (
+                parameters_to_vector(self.parameters()),
+                [weight.numel() for weight in self.parameters()],
+            )
             for weight, average in zip(self.parameters(), self.average.split(sizes)):
                 weight.copy_(average.view_as(weight))
             self.average.copy_(latest)

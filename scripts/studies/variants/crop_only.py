@@ -16,8 +16,15 @@ def blank_outside(_backbone: Any, arguments: Tuple[Any, ...]) -> Tuple[Any, ...]
     row, column = inputs["tty_cursor"].long()[..., None, None].unbind(2)  # [B, T, 1, 1]
     rows = torch.arange(ours.ROWS, device=row.device)[:, None]
     columns = torch.arange(ours.COLS, device=row.device)
-    seen = ((rows - row).abs() <= HALF) & ((columns - column).abs() <= HALF) | (rows == 0) | (rows >= ours.ROWS - 2)
-    blank = {"tty_chars": inputs["tty_chars"].masked_fill(~seen, ord(" ")), "tty_colors": inputs["tty_colors"] * seen}
+    seen = (
+        ((rows - row).abs() <= HALF) & ((columns - column).abs() <= HALF)
+        | (rows == 0)
+        | (rows >= ours.ROWS - 2)
+    )
+    blank = {
+        "tty_chars": inputs["tty_chars"].masked_fill(~seen, ord(" ")),
+        "tty_colors": inputs["tty_colors"] * seen,
+    }
     return {**inputs, **blank}, *state
 
 

@@ -6,7 +6,9 @@ import custom_nethack_pomdp as ours
 
 
 class Model(ours.Model):
-    def head(self, core_output: torch.Tensor, tty_chars: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
+    def head(
+        self, core_output: torch.Tensor, tty_chars: torch.Tensor
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
         return super().head(core_output, torch.zeros_like(tty_chars))
 
 
