@@ -1396,10 +1396,18 @@ class NetHackGame:
     """A game as in the NetHack Challenge, but seeded; the same on nle 0.9 (gym) and 1.x (gymnasium).
 
     Observations equal those of recorded games: fresh arrays, or always those given as `into`. `savedir` records games.
+    `observation_keys`: what NLE is asked for, ours among them; in `env.unwrapped.last_observation`, in this order.
     """
 
-    def __init__(self, character: str, savedir: Any = None, max_steps: int = 1_000_000, into: Any = None) -> None:
-        options: Dict[str, Any] = dict(character=character, actions=nethack.ACTIONS, observation_keys=OBSERVATIONS)
+    def __init__(
+        self,
+        character: str,
+        savedir: Any = None,
+        max_steps: int = 1_000_000,
+        into: Any = None,
+        observation_keys: Sequence[str] = OBSERVATIONS,
+    ) -> None:
+        options: Dict[str, Any] = dict(character=character, actions=nethack.ACTIONS, observation_keys=observation_keys)
         options.update(allow_all_modes=True, allow_all_yn_questions=True, penalty_step=0.0, penalty_time=0.0)
         options.update(max_episode_steps=10**9, savedir=savedir, save_ttyrec_every=1 if savedir else 0)
         if "fix_moon_phase" in inspect.signature(NLE.__init__).parameters:

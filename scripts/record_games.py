@@ -1,19 +1,36 @@
 """Play games of NetHack with a player of your choice and record them in NLD-AA's layout.
 
-    python scripts/record_games.py --character mon-hum-neu --games 20 --out my_games --seed 1 --workers 2
+    python scripts/record_games.py --character mon-hum-neu --games 20 --out my_games --workers 2
+    python scripts/record_games.py --character mon-hum-neu --games 20 --out agent --checkpoint FILE
     python custom_nethack_pomdp.py --data_path my_games --character mon-hum-neu
 
-Every game gets a folder of its own, `OUT/<character>-<seed>-<k>/`, with `nle.<pid>.0.ttyrec3.bz2` (every frame, the key
-pressed at it and the score) and `nle.<pid>.xlogfile` (one line about the game). A folder appears when its game is over.
-Game k's seeds are drawn from (`--seed`, k): the same command records the same games, on any number of workers.
+Every game gets a folder of its own, `OUT/<character>-<seed>-<k>/`, with `nle.<pid>.0.ttyrec3.bz2`
+(every frame, the key pressed at it and the score) and `nle.<pid>.xlogfile` (one line about the
+game). A folder appears when its game is over. Game k's seeds are drawn from (`--seed`, k): the same
+command records the same games, on any number of workers.
 
-A game is played to its end. What reaches `--max_steps` first, or presses 1,000 keys without a turn, is quit by the keys
-a person would press (ESC, #quit, y), so that it too has its line; with `--leave_out_cut` it is thrown away instead.
+A game is played to its end. What reaches `--max_steps` first, or presses 1,000 keys without a turn,
+is quit by the keys a person would press (ESC, #quit, y), so that it too has its line; with
+`--leave_out_cut` it is thrown away instead. So is a game that its player breaks off.
 
-A player is named as `module:function`; the module is looked for beside this script, on the Python path and in the
-current folder. The function is called once a game with a `numpy.random.Generator`, its only source of chance. What it
-returns has `act(obs) -> int`, an index into nle.nethack.ACTIONS; obs holds fresh arrays, `tty_chars` uint8 [24, 80],
-`tty_colors` int8 [24, 80] (bit 16 is inverse), `tty_cursor` uint8 [2] and `blstats` int32 [27] (the status lines).
+Who plays is one of three:
+
+--player module:function
+    The module is looked for beside this script, on the Python path and in the current folder. The
+    function is called once a game with a `numpy.random.Generator`, its only source of chance. What
+    it returns has one of
+      `act(obs) -> int`, an index into nle.nethack.ACTIONS; obs holds fresh arrays, `tty_chars`
+          uint8 [24, 80], `tty_colors` int8 [24, 80] (bit 16 is inverse), `tty_cursor` uint8 [2] and
+          `blstats` int32 [27] (the status lines);
+      `play(game) -> str or None`, for a player with a loop of its own, which presses all keys by
+          `game.step(action) -> obs, reward, done, info` (`game.obs` is the first obs) until it is
+          done, or breaks the game off and returns why. NLE's own arrays, those that the player
+          names as `observation_keys`, are in `game.env.unwrapped.last_observation`.
+--autoascend CHECKOUT
+    The bot that played NLD-AA's games, from a checkout of its repository (autoascend_player.py).
+--checkpoint FILE
+    An agent that custom_nethack_pomdp.py trained: best.pt, last.pt or <step>.pt of a run. It acts
+    as in evaluation, from a cleared recurrent state on; --temperature takes the place of its own.
 """
 
 import argparse
@@ -30,15 +47,36 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import agent_player
+import autoascend_player
 from nle import nethack
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import NUM_ACTIONS, UserError
 
-QUIT = [int(pomdp.KEY_TO_ACTION[key]) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]  # ESC, ESC, #quit, y
+# ESC, ESC, #quit, y
+QUIT = [int(pomdp.KEY_TO_ACTION[key]) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]
 
 
-def load_player(spec: str) -> Callable[..., Any]:
+class Game(pomdp.NetHackGame):
+    """A game that remembers its newest obs, its deepest level and how it ended."""
+
+    obs: Dict[str, np.ndarray]
+    deepest = 1
+    end: Optional[str] = None  # one of pomdp.ENDS
+
+    def reset(self, core_seed: int, disp_seed: int) -> Dict[str, np.ndarray]:
+        self.obs = super().reset(core_seed, disp_seed)
+        return self.obs
+
+    def step(self, action: int) -> Tuple[Dict[str, np.ndarray], float, bool, Dict[str, Any]]:
+        self.obs, reward, done, info = super().step(action)
+        self.deepest = max(self.deepest, self.depth)
+        self.end = info["end"] if done else None
+        return self.obs, reward, done, info
+
+
+def load_function(spec: str) -> Callable[..., Any]:
     """The function that `module:function` names."""
     module, _, function = spec.partition(":")
     if not module or not function:
@@ -53,52 +91,85 @@ def load_player(spec: str) -> Callable[..., Any]:
         raise UserError(f"cannot load the player {spec}: {error}") from error
 
 
+def load_player(args: argparse.Namespace) -> Callable[..., Any]:
+    """What makes a player for each game."""
+    if args.autoascend:
+        return autoascend_player.load(args.autoascend)
+    if args.checkpoint:
+        return agent_player.load(args.checkpoint, args.character, args.temperature)
+    return load_function(args.player)
+
+
 def seeds_of(seed: int, k: int) -> Tuple[int, int, int]:
-    """Seeds of game k: NetHack's own two, and the player's, whose chance stays apart from the game's."""
-    core, disp, chance = np.random.SeedSequence([seed, k]).generate_state(3)  # of 32 bits, which both NLE versions take
+    """Seeds of game k: NetHack's own two, and the player's, whose chance stays apart from the
+    game's."""
+    # 32 bits each, which both NLE versions take
+    core, disp, chance = np.random.SeedSequence([seed, k]).generate_state(3)
     return int(core), int(disp), int(chance)
 
 
+def play_by_act(player: Any, game: Game, name: str) -> None:
+    """Plays a game that has begun to its end, asking the player for one key after another."""
+    while game.end is None:
+        try:
+            action = int(player.act(game.obs))
+        except Exception as error:
+            raise RuntimeError(f"the player failed in game {name}, at key {game.steps}") from error
+        if not 0 <= action < NUM_ACTIONS:
+            raise UserError(
+                f"the player answered {action} in game {name}: actions are 0 to {NUM_ACTIONS - 1}"
+            )
+        game.step(action)
+
+
 def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
-    """Plays and records game k -> name, keys pressed, score, turns, deepest level, whether it was cut, and kept."""
+    """Plays and records game k -> name, keys pressed, score, turns, deepest level, whether it was
+    cut, why its player broke it off (None if not), and kept."""
     name = f"{args.character}-{args.seed}-{k}"
     core, disp, chance = seeds_of(args.seed, k)
-    player = load_player(args.player)(np.random.default_rng(chance))
+    player = load_player(args)(np.random.default_rng(chance))
     tempfile.tempdir = scratch  # for NLE; a worker that is stopped leaves its folders behind
-    part, depth = Path(scratch) / name, 1
-    info: Dict[str, Any] = {}
-    game = pomdp.NetHackGame(args.character, savedir=str(part), max_steps=args.max_steps)
+    part = Path(scratch) / name
+    broken_off = None
+    game = Game(
+        args.character,
+        savedir=str(part),
+        max_steps=args.max_steps,
+        observation_keys=getattr(player, "observation_keys", pomdp.OBSERVATIONS),
+    )
     try:
-        obs, done = game.reset(core, disp), False
-        while not done:
-            try:
-                action = int(player.act(obs))
-            except Exception as error:
-                raise RuntimeError(f"the player failed in game {name}, at key {game.steps}") from error
-            if not 0 <= action < NUM_ACTIONS:
-                raise UserError(f"the player answered {action} in game {name}: actions are 0 to {NUM_ACTIONS - 1}")
-            obs, _, done, info = game.step(action)
-            depth = max(depth, game.depth)
-        cut = info["end"] != "died"
+        game.reset(core, disp)
+        if hasattr(player, "play"):
+            broken_off = player.play(game)
+        else:
+            play_by_act(player, game, name)
+        cut = game.end != "died"
         for action in 3 * QUIT if cut else ():
-            if info["end"] != "died":
-                *_, info = game.step(action)
+            if game.end != "died":
+                game.step(action)
     finally:
         game.close()
     # NLE writes its line when a game is over; a game without one would never be read.
-    kept = any(log.stat().st_size for log in part.glob("*.xlogfile")) and not (cut and args.leave_out_cut)
+    finished = any(log.stat().st_size for log in part.glob("*.xlogfile"))
+    kept = finished and not (cut and args.leave_out_cut)
     if kept:
         for log in part.glob("*.xlogfile"):
             log.chmod(0o644)  # NLE makes it executable
         part.rename(Path(args.out) / name)
     shutil.rmtree(part, ignore_errors=True)
-    return dict(name=name, keys=game.steps, score=game.score, turns=game.turn, depth=depth, cut=cut, kept=kept)
+    numbers = dict(keys=game.steps, score=game.score, turns=game.turn, depth=game.deepest)
+    return dict(name=name, **numbers, cut=cut, broken_off=broken_off, kept=kept)
 
 
 def record(args: argparse.Namespace, numbers: Sequence[int]) -> List[Dict[str, Any]]:
     """Plays all games, with a progress bar -> what `play` tells of each."""
-    scratch = tempfile.mkdtemp(prefix=".recording.", dir=args.out)  # on the same disk, to be renamed from
-    task, bar = partial(play, args, scratch), partial(tqdm, total=len(numbers), unit="game", disable=None)
+    scratch = tempfile.mkdtemp(
+        prefix=".recording.", dir=args.out
+    )  # on the same disk, to be renamed from
+    task, bar = (
+        partial(play, args, scratch),
+        partial(tqdm, total=len(numbers), unit="game", disable=None),
+    )
     try:
         if min(args.workers, args.games) == 1:
             return list(bar(map(task, numbers)))
@@ -114,25 +185,61 @@ def summary(rows: List[Dict[str, Any]]) -> str:
     """What was recorded, in a few lines."""
     kept, cut = [row for row in rows if row["kept"]], sum(row["cut"] for row in rows)
     lines = [f"{len(kept)} games recorded, {len(rows) - len(kept)} left out; {cut} were quit"]
+    broken_off = [row for row in rows if row["broken_off"]]
+    if broken_off:
+        lines[0] += f", {len(broken_off)} of them broken off by the player"
+    for row in broken_off:
+        lines.append("  {name} at key {keys}: ".format(**row) + row["broken_off"].splitlines()[0])
     for name in ("score", "turns", "depth", "keys") if kept else ():
         values = np.array([row[name] for row in kept], dtype=float)
         low, high = pomdp.bootstrap_interval(values)
-        lines.append(f"  {name:5s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})")
+        lines.append(
+            f"  {name:5s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})"
+        )
         lines[-1] += f"   median {np.median(values):9.1f}   max {values.max():9.1f}"
     return "\n".join(lines)
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--character", required=True, help="role-race-alignment, for example mon-hum-neu")
     add("--games", type=int, required=True, help="how many games to play")
-    add("--out", required=True, help="folder for the recordings; made if need be, added to if it exists")
-    add("--player", default="scripted_player:ScriptedPlayer", help="module:function (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the recording, 0 or more (default: %(default)s)")
-    add("--first", type=int, default=0, help="first game's number, to add to a recording (default: %(default)s)")
+    add(
+        "--out",
+        required=True,
+        help="folder for the recordings; made if need be, added to if it exists",
+    )
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument(
+        "--player",
+        default="scripted_player:ScriptedPlayer",
+        help="module:function (default: %(default)s)",
+    )
+    who.add_argument("--autoascend", metavar="CHECKOUT", help="AutoAscend plays, from this folder")
+    who.add_argument("--checkpoint", metavar="FILE", help="the agent of this checkpoint plays")
+    add("--temperature", type=float, help="softmax temperature of --checkpoint's actions")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the recording, 0 or more (default: %(default)s)",
+    )
+    add(
+        "--first",
+        type=int,
+        default=0,
+        help="first game's number, to add to a recording (default: %(default)s)",
+    )
     add("--workers", type=int, default=1, help="processes to play in (default: %(default)s)")
-    add("--max_steps", type=int, default=100_000, help="keys after which a game is quit (default: %(default)s)")
+    add(
+        "--max_steps",
+        type=int,
+        default=100_000,
+        help="keys after which a game is quit (default: %(default)s)",
+    )
     add("--leave_out_cut", action="store_true", help="throw games away that had to be quit")
     return parser.parse_args(argv)
 
@@ -140,13 +247,23 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse(argv)
     try:
-        for name, least in (("games", 1), ("workers", 1), ("max_steps", 1), ("seed", 0), ("first", 0)):
+        for name, least in (
+            ("games", 1),
+            ("workers", 1),
+            ("max_steps", 1),
+            ("seed", 0),
+            ("first", 0),
+        ):
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
         pomdp.check_character(args.character)
-        load_player(args.player)
+        if args.temperature is not None and not args.checkpoint:
+            raise UserError("--temperature is for --checkpoint alone")
+        load_player(args)
         numbers = range(args.first, args.first + args.games)
-        there = [k for k in numbers if (Path(args.out) / f"{args.character}-{args.seed}-{k}").exists()]
+        there = [
+            k for k in numbers if (Path(args.out) / f"{args.character}-{args.seed}-{k}").exists()
+        ]
         if there:
             raise UserError(
                 f"{args.out} already holds {len(there)} of these games: choose another --seed, --first or --out"
