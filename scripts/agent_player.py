@@ -35,7 +35,7 @@ class AgentPlayer:
 def load(
     checkpoint: str, character: str, temperature: Optional[float]
 ) -> Callable[[np.random.Generator], AgentPlayer]:
-    """What makes a player for each game. temperature: None keeps the agent's own. Raises UserError."""
+    """What makes a player for each game. temperature: None keeps the agent's. Raises UserError."""
     torch.set_num_threads(1)  # sums depend on the threads; and workers would wait for each other
     settings = {} if temperature is None else {"temperature": temperature}
     algorithm, config, _ = pomdp.load_agent(

@@ -11,6 +11,7 @@ seed. About one game in nine it breaks off by an error of its own, such as a fai
 
 import importlib
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -27,8 +28,8 @@ REPOSITORY = "https://github.com/cdmatters/autoascend"
 
 
 class GameOver(KeyboardInterrupt):
-    """Ends the bot's own loop: of all exceptions it lets only KeyboardInterrupt and SystemExit pass
-    without a look at the screen, and the screens after a game's end are not what it expects."""
+    """Ends the bot's own loop, which handles other exceptions itself. Told `done` instead, it looks
+    for the score on the screen after the game, which NLE shows otherwise today."""
 
 
 class OldGame:
@@ -70,14 +71,16 @@ class AutoAscendPlayer:
         self.env_wrapper, self.seed = env_wrapper, int(rng.integers(2**32))
 
     def play(self, game: Any) -> Optional[str]:
-        """Plays the game, which has begun, to its end -> None, or the error by which the bot broke off."""
+        """Plays a game that has begun to its end -> None, or the error that the bot broke off by."""
         old_game = OldGame(game, len(self.env_wrapper.agent_lib.BLStats._fields))
         try:
             self.env_wrapper.EnvWrapper(old_game, agent_args={"seed": self.seed}).main()
         except GameOver:
             return None
         except Exception as error:  # whatever the bot raises
-            return f"{type(error).__name__}: {error}"
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__} in {place.name}: {error}"
+            return " ".join(told.split())[:100]
         return "it stopped playing"
 
 

@@ -39,6 +39,7 @@ import multiprocessing
 import shutil
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -124,13 +125,14 @@ def play_by_act(player: Any, game: Game, name: str) -> None:
 
 def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
     """Plays and records game k -> name, keys pressed, score, turns, deepest level, whether it was
-    cut, why its player broke it off (None if not), and kept."""
+    cut, where and why its player broke it off, whether it was kept, seconds of a core's time."""
     name = f"{args.character}-{args.seed}-{k}"
     core, disp, chance = seeds_of(args.seed, k)
     player = load_player(args)(np.random.default_rng(chance))
     tempfile.tempdir = scratch  # for NLE; a worker that is stopped leaves its folders behind
     part = Path(scratch) / name
-    broken_off = None
+    begin = time.process_time()
+    broken_off = ""
     game = Game(
         args.character,
         savedir=str(part),
@@ -140,7 +142,9 @@ def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
     try:
         game.reset(core, disp)
         if hasattr(player, "play"):
-            broken_off = player.play(game)
+            why = player.play(game)
+            if why:
+                broken_off = f"{name} at key {game.steps}: {why}"
         else:
             play_by_act(player, game, name)
         cut = game.end != "died"
@@ -149,6 +153,7 @@ def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
                 game.step(action)
     finally:
         game.close()
+    seconds = time.process_time() - begin
     # NLE writes its line when a game is over; a game without one would never be read.
     finished = any(log.stat().st_size for log in part.glob("*.xlogfile"))
     kept = finished and not (cut and args.leave_out_cut)
@@ -157,19 +162,25 @@ def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
             log.chmod(0o644)  # NLE makes it executable
         part.rename(Path(args.out) / name)
     shutil.rmtree(part, ignore_errors=True)
-    numbers = dict(keys=game.steps, score=game.score, turns=game.turn, depth=game.deepest)
-    return dict(name=name, **numbers, cut=cut, broken_off=broken_off, kept=kept)
+    return dict(
+        name=name,
+        keys=game.steps,
+        score=game.score,
+        turns=game.turn,
+        depth=game.deepest,
+        cut=cut,
+        broken_off=broken_off,
+        kept=kept,
+        seconds=seconds,
+    )
 
 
 def record(args: argparse.Namespace, numbers: Sequence[int]) -> List[Dict[str, Any]]:
     """Plays all games, with a progress bar -> what `play` tells of each."""
-    scratch = tempfile.mkdtemp(
-        prefix=".recording.", dir=args.out
-    )  # on the same disk, to be renamed from
-    task, bar = (
-        partial(play, args, scratch),
-        partial(tqdm, total=len(numbers), unit="game", disable=None),
-    )
+    # On the same disk, so that games can be renamed from it.
+    scratch = tempfile.mkdtemp(prefix=".recording.", dir=args.out)
+    task = partial(play, args, scratch)
+    bar = partial(tqdm, total=len(numbers), unit="game", disable=None)
     try:
         if min(args.workers, args.games) == 1:
             return list(bar(map(task, numbers)))
@@ -181,22 +192,25 @@ def record(args: argparse.Namespace, numbers: Sequence[int]) -> List[Dict[str, A
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def summary(rows: List[Dict[str, Any]]) -> str:
+def summary(rows: List[Dict[str, Any]], character: str) -> str:
     """What was recorded, in a few lines."""
-    kept, cut = [row for row in rows if row["kept"]], sum(row["cut"] for row in rows)
+    kept = [row for row in rows if row["kept"]]
+    cut = sum(row["cut"] for row in rows)
     lines = [f"{len(kept)} games recorded, {len(rows) - len(kept)} left out; {cut} were quit"]
-    broken_off = [row for row in rows if row["broken_off"]]
+    broken_off = [row["broken_off"] for row in rows if row["broken_off"]]
     if broken_off:
-        lines[0] += f", {len(broken_off)} of them broken off by the player"
-    for row in broken_off:
-        lines.append("  {name} at key {keys}: ".format(**row) + row["broken_off"].splitlines()[0])
+        lines[0] += f", {len(broken_off)} of them after the player broke off"
+    lines += [f"  broken off: {told}" for told in broken_off]
     for name in ("score", "turns", "depth", "keys") if kept else ():
         values = np.array([row[name] for row in kept], dtype=float)
         low, high = pomdp.bootstrap_interval(values)
-        lines.append(
-            f"  {name:5s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})"
-        )
-        lines[-1] += f"   median {np.median(values):9.1f}   max {values.max():9.1f}"
+        mean = f"{name:5s} mean {values.mean():9.1f} (95 % interval {low:.1f} to {high:.1f})"
+        others = f"median {np.median(values):9.1f}   max {values.max():9.1f}"
+        lines.append(f"  {mean}   {others}")
+    published = pomdp.AUTOASCEND_MEAN_SCORE[character]
+    lines.append(f"  AutoAscend's published mean score is {published:.1f}")
+    pace = sum(row["keys"] for row in rows) / sum(row["seconds"] for row in rows)
+    lines.append(f"  {pace:.0f} keys a second of a core's time")
     return "\n".join(lines)
 
 
@@ -247,13 +261,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse(argv)
     try:
-        for name, least in (
-            ("games", 1),
-            ("workers", 1),
-            ("max_steps", 1),
-            ("seed", 0),
-            ("first", 0),
-        ):
+        for name, least in dict(games=1, workers=1, max_steps=1, seed=0, first=0).items():
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
         pomdp.check_character(args.character)
@@ -261,13 +269,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise UserError("--temperature is for --checkpoint alone")
         load_player(args)
         numbers = range(args.first, args.first + args.games)
-        there = [
-            k for k in numbers if (Path(args.out) / f"{args.character}-{args.seed}-{k}").exists()
-        ]
+        folders = [Path(args.out) / f"{args.character}-{args.seed}-{k}" for k in numbers]
+        there = sum(folder.exists() for folder in folders)
         if there:
-            raise UserError(
-                f"{args.out} already holds {len(there)} of these games: choose another --seed, --first or --out"
-            )
+            told = f"{args.out} already holds {there} of these games"
+            raise UserError(f"{told}: choose another --seed, --first or --out")
         Path(args.out).mkdir(parents=True, exist_ok=True)
         rows = record(args, numbers)
     except (UserError, OSError) as error:
@@ -276,7 +282,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the games that were over are in {args.out}", file=sys.stderr)
         return 130
-    print(f"{summary(rows)}\n  in {args.out}")
+    print(f"{summary(rows, args.character)}\n  in {args.out}")
     return 0
 
 
