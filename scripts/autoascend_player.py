@@ -71,7 +71,7 @@ class AutoAscendPlayer:
         self.env_wrapper, self.seed = env_wrapper, int(rng.integers(2**32))
 
     def play(self, game: Any) -> Optional[str]:
-        """Plays a game that has begun to its end -> None, or the error that the bot broke off by."""
+        """Plays a game that has begun to its end -> None, or the error that broke the bot off."""
         old_game = OldGame(game, len(self.env_wrapper.agent_lib.BLStats._fields))
         try:
             self.env_wrapper.EnvWrapper(old_game, agent_args={"seed": self.seed}).main()
@@ -94,6 +94,7 @@ def load(folder: str) -> Callable[[np.random.Generator], AutoAscendPlayer]:
         sys.path.insert(0, str(root))
     try:
         env_wrapper = importlib.import_module("autoascend.env_wrapper")
-    except ImportError as error:
-        raise UserError(f"{error}: AutoAscend needs pip install -r {REQUIREMENTS}") from error
+    except Exception as error:  # whatever is missing or does not fit
+        needed = f"it needs pip install -r {REQUIREMENTS}"
+        raise UserError(f"AutoAscend cannot be imported ({error}): {needed}") from error
     return partial(AutoAscendPlayer, env_wrapper)
