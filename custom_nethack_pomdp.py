@@ -2130,16 +2130,22 @@ class NetHackGame:
     (gymnasium).
 
     Observations equal those of recorded games: fresh arrays, or always those given as `into`.
-    `savedir` records games.
+    `savedir` records games. `observation_keys`: what NLE is asked for, ours among them; it lies in
+    `env.unwrapped.last_observation`, in this order.
     """
 
     def __init__(
-        self, character: str, savedir: Any = None, max_steps: int = 1_000_000, into: Any = None
+        self,
+        character: str,
+        savedir: Any = None,
+        max_steps: int = 1_000_000,
+        into: Any = None,
+        observation_keys: Sequence[str] = OBSERVATIONS,
     ) -> None:
         options: Any = dict(
             character=character,
             actions=nethack.ACTIONS,
-            observation_keys=OBSERVATIONS,
+            observation_keys=observation_keys,
             allow_all_modes=True,
             allow_all_yn_questions=True,
             penalty_step=0.0,

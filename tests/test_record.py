@@ -1,13 +1,17 @@
-"""scripts/record_games.py and the scripted player: what is recorded, that it repeats, and what happens on mistakes."""
+"""scripts/record_games.py and its players: what is recorded, that it repeats, and what happens on
+mistakes."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nle import dataset, nethack
 
 import custom_nethack_pomdp as pomdp
@@ -56,7 +60,7 @@ def recorded(tmp_path_factory):
 
 
 def replay(name, steps):
-    """Plays game `name` again in this process: the screens that the player saw and the keys it pressed."""
+    """Plays game `name` again in this process: the screens that the player saw and its keys."""
     character, seed, k = name.rsplit("-", 2)
     core, disp, chance = record_games.seeds_of(int(seed), int(k))
     player, game = ScriptedPlayer(np.random.default_rng(chance)), pomdp.NetHackGame(character)
@@ -99,7 +103,8 @@ def test_frames_are_what_the_player_saw(recorded):
         (frames, pressed), (seen, keys) = read(folder), replay(folder.name, STEPS)
         for array, wanted in zip(frames, seen):
             np.testing.assert_array_equal(array[:STEPS], wanted)
-        # A game cut short is quit by keys that are actions too; what follows is NLE's own way past the closing screens.
+        # A game cut short is quit by keys that are actions too; what follows is NLE's own way past
+        # the closing screens.
         assert pressed[: STEPS + 4] == keys + QUITTING and set(pressed[STEPS + 4 :]) == {ord(" ")}
 
 
@@ -118,12 +123,22 @@ def test_adding_to_a_recording(recorded, capsys):
     _, out = recorded
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     same = ["--character", CHARACTER, "--seed", str(SEED), "--out", str(out), "--max_steps", "20"]
-    # nothing is played when part of it exists already
-    assert record_games.main([*same, "--games", "3"]) == 2
+    assert (
+        record_games.main([*same, "--games", "3"]) == 2
+    )  # nothing is played when part of it exists already
     assert re.fullmatch("error: .* already holds 2 of these games.*\n", capsys.readouterr().err)
     assert record_games.main([*same, "--games", "1", "--first", "2"]) == 0
     assert sorted(os.listdir(out)) == [f"{CHARACTER}-{SEED}-{k}" for k in range(3)]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_one_player_at_a_time(capsys):
+    usual = ["--character", CHARACTER, "--games", "1", "--out", "out"]
+    players = (["--autoascend", "a"], ["--checkpoint", "b"], ["--player", "c:d"])
+    for one, two in zip(players, players[1:] + players[:1]):
+        with pytest.raises(SystemExit, match="2"):
+            record_games.main([*usual, *one, *two])
+        assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys):
@@ -136,6 +151,9 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys):
         "cannot load the player": ["--player", "no_such_module:function"],
         "it is not callable": ["--player", "scripted_player:KEYS"],
         "--games must be at least 1": ["--games", "0"],
+        "no checkout of AutoAscend": ["--autoascend", str(tmp_path)],
+        "no_such_file.pt cannot be read as a checkpoint": ["--checkpoint", "no_such_file.pt"],
+        "--temperature is for --checkpoint alone": ["--temperature", "0.5"],
         "/dev/null/games": ["--out", os.devnull + "/games"],
     }.items():
         usual = ["--character", CHARACTER, "--games", "1", "--out", str(tmp_path / "out")]
@@ -153,6 +171,12 @@ class Player:
 class Waiter(Player): keys = 1100 * [38]  # ESC
 class Wrong(Player): keys = [38, 121]  # an action that does not exist
 class Quitter(Player): keys = [65, 7]  # #quit and y
+
+class Tired(Player):
+    keys = [38, 38]
+    def play(self, game):
+        for key in self.keys: game.step(key)
+        return "tired"
 """
 
 
@@ -163,10 +187,19 @@ class Quitter(Player): keys = [65, 7]  # #quit and y
         ("Waiter", [], 0, "1 games recorded, 0 left out; 1 were quit", 1000 * [27] + QUITTING),
         ("Waiter", ["--leave_out_cut"], 0, "0 games recorded, 1 left out; 1 were quit", None),
         ("Wrong", [], 2, "the player answered 121", None),
+        (
+            "Tired",
+            [],
+            0,
+            "broke off\n  broken off: ran-hum-neu-0-0 at key 2: tired\n",
+            2 * [27] + QUITTING,
+        ),
+        ("Tired", ["--leave_out_cut"], 0, "0 games recorded, 1 left out; 1 were quit, 1 of", None),
     ],
 )
 def test_any_player(tmp_path, monkeypatch, capsys, player, more, code, says, keys):
-    """One that gets nowhere is stopped, one that errs leaves nothing behind; found in the current folder."""
+    """One that gets nowhere is stopped, one that errs leaves nothing behind, one that breaks off is
+    quit; found in the current folder."""
     (tmp_path / "players_of_this_test.py").write_text(PLAYERS)
     monkeypatch.chdir(tmp_path)
     spec = ["--player", f"players_of_this_test:{player}", "--out", "out"]
@@ -184,3 +217,179 @@ def test_recorded_games_are_made_by_this_player(name):
     (frames, pressed), (seen, keys) = read(DATA / "nle_data" / name), replay(name, 10_000)
     assert pressed[: len(keys)] == keys and set(pressed[len(keys) :]) == {ord(" ")}
     np.testing.assert_array_equal(frames.chars[: len(keys)], seen[0])
+
+
+OBSERVER = """
+from scripted_player import ScriptedPlayer
+
+class Observer:
+    observation_keys = ("glyphs", "blstats", "inv_strs", "tty_chars", "tty_colors", "tty_cursor")
+    def __init__(self, rng): self.player = ScriptedPlayer(rng)
+    def play(self, game):
+        obs, done = game.obs, False
+        while not done:
+            raw = dict(zip(self.observation_keys, game.env.unwrapped.last_observation))
+            assert raw["glyphs"].shape == (21, 79) and raw["inv_strs"].shape == (55, 80)
+            assert (raw["tty_cursor"] == obs["tty_cursor"]).all()
+            obs, _, done, _ = game.step(self.player.act(obs))
+"""
+
+
+def test_more_observations_and_a_loop_of_its_own_change_no_recording(
+    recorded, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "observer_of_this_test.py").write_text(OBSERVER)
+    monkeypatch.chdir(tmp_path)
+    line = ["--character", CHARACTER, "--seed", str(SEED), "--games", "1", "--out", "out"]
+    line += ["--max_steps", str(STEPS), "--player", "observer_of_this_test:Observer"]
+    assert record_games.main(line) == 0
+    assert "1 games recorded, 0 left out; 1 were quit\n" in capsys.readouterr().out
+    name = f"{CHARACTER}-{SEED}-0"
+    for array, wanted in zip(read(tmp_path / "out" / name)[0], read(recorded[1] / name)[0]):
+        np.testing.assert_array_equal(array, wanted)
+
+
+# What our player knows of AutoAscend, played by a few lines: it looks at the same observations, as
+# they were in NLE 0.7.3, goes on after an exception of its own but not after KeyboardInterrupt, and
+# breaks off by a failed assertion in some games.
+STAND_IN = {
+    "__init__": "",
+    "agent": """
+from collections import namedtuple
+import numpy as np
+from nle.nethack import actions as A
+
+BLStats = namedtuple("BLStats", [f"field_{number}" for number in range(26)])
+
+class Agent:
+    def __init__(self, env, seed=0, verbose=False, panic_on_errors=False):
+        self.env, self.rng = env, np.random.RandomState(seed)
+
+    def step(self, key):
+        try:
+            obs, reward, done, info = self.env.step(A.ACTIONS[A.ACTIONS.index(key)])
+        except Exception as error:
+            return
+        assert not done and obs["glyphs"].dtype == np.int16 and len(obs["misc"]) == 3
+        BLStats(*obs["blstats"])
+        if obs["misc"][0]:  # it asks on the top line
+            assert obs["tty_cursor"][0] - 1 == -1
+
+    def main(self):
+        breaks_off = self.rng.randint(2) == 0
+        for _ in range(60):
+            self.step(self.rng.choice(list(b"hjklyubn")))
+            self.step(27)
+        assert not breaks_off, "no\\nidea"
+        for key in (241, 121):  # #quit, y
+            self.step(key)
+        raise RuntimeError("it plays on after the game's end")
+""",
+    "env_wrapper": """
+from autoascend import agent as agent_lib
+
+class EnvWrapper:
+    def __init__(self, env, agent_args={}): self.env, self.agent_args = env, agent_args
+
+    def main(self):
+        obs = self.env.reset()
+        blstats = agent_lib.BLStats(*obs["blstats"])
+        assert obs["chars"][blstats.field_1, blstats.field_0] == ord("@")
+        agent_lib.Agent(self, **self.agent_args).main()
+
+    def step(self, action): return self.env.step(self.env._actions.index(action))
+""",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder that looks like AutoAscend's repository."""
+    folder = tmp_path / "checkout" / "autoascend"
+    folder.mkdir(parents=True)
+    for name, text in STAND_IN.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder.parent
+
+
+def test_autoascend(checkout, tmp_path):
+    """One worker plays 0, 1, 2; two share them; and game 2 is played alone."""
+    line = ["--autoascend", str(checkout), "--games"]
+    told = record(tmp_path / "one", *line, "3")
+    record(tmp_path / "two", *line, "3", "--workers", "2")
+    record(tmp_path / "alone", *line, "1", "--first", "2")
+    names = [f"{CHARACTER}-{SEED}-{k}" for k in range(3)]
+    games = [read(tmp_path / "one" / name)[0] for name in names]
+    again = [read(tmp_path / "two" / name)[0] for name in names]
+    for array, wanted in zip(sum(again, ()), sum(games, ())):
+        np.testing.assert_array_equal(array, wanted)
+    for array, wanted in zip(read(tmp_path / "alone" / names[2])[0], games[2]):
+        np.testing.assert_array_equal(array, wanted)
+    assert told.startswith(
+        "3 games recorded, 0 left out; 2 were quit, 2 of them after the player broke off\n"
+        f"  broken off: {names[0]} at key 120: AssertionError in main: no idea\n"
+        f"  broken off: {names[2]} at key 120: AssertionError in main: no idea\n"
+    )
+    keys = [read(tmp_path / "one" / name)[1] for name in names]
+    assert keys[0][120:124] == keys[2][120:124] == QUITTING and keys[1][120:122] == QUITTING[2:]
+    assert keys[0][:120] != keys[1][:120] != keys[2][:120] != keys[0][:120]
+
+
+def test_autoascend_without_its_packages(checkout, tmp_path, monkeypatch, capsys):
+    with (checkout / "autoascend" / "agent.py").open("a") as file:
+        file.write("import no_such_package")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    line = ["--character", CHARACTER, "--games", "1", "--autoascend", str(checkout)]
+    assert record_games.main([*line, "--out", str(tmp_path / "out")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "No module named 'no_such_package'" in error
+    assert re.search(r"pip install -r \S+/requirements-autoascend\.txt", error)
+    for name in [name for name in sys.modules if name.startswith("autoascend.")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory):
+    """Checkpoint of an agent of 16 units whose actions depend on all that it has seen."""
+    sizes = dict(rnn_hidden_dim=16, rnn_layers=1)
+    config = pomdp.TrainConfig(character=CHARACTER, device="cpu", **sizes)
+    pomdp.set_seed(1)
+    model = pomdp.make_algorithm(config, torch.device("cpu")).model
+    model.policy.weight.data *= 20  # an untrained policy is close to uniform
+    content = {"format": pomdp.CHECKPOINT_FORMAT, "step": 1, "config": json.dumps(asdict(config))}
+    content["model"] = model.state_dict()
+    path = tmp_path_factory.mktemp("agent") / "agent.pt"
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "more, temperature", [([], 1.0), (["--temperature", "0.2", "--workers", "2"], 0.2)]
+)
+@pytest.mark.usefixtures("one_thread")
+def test_checkpoint(agent, tmp_path, more, temperature):
+    """The keys are those of the model, played here step by step: its state goes on through a game
+    and is zero at the next one's beginning, chance comes from the game's third seed."""
+    steps = 80
+    line = ["--checkpoint", agent, "--games", "2", "--max_steps", str(steps)]
+    record(tmp_path / "out", *line, *more)
+    model = pomdp.load_agent(agent)[0].model.eval()
+    for k in range(2):
+        core, disp, chance = record_games.seeds_of(SEED, k)
+        rng, game = np.random.default_rng(chance), pomdp.NetHackGame(CHARACTER)
+        obs, state, action, keys = game.reset(core, disp), None, pomdp.NO_ACTION, []
+        for _ in range(steps):
+            inputs = {name: torch.as_tensor(obs[name])[None, None] for name in pomdp.OBSERVATIONS}
+            inputs["prev_actions"] = torch.tensor([[action]])
+            with torch.no_grad():
+                core_output, state = model.backbone(inputs, state)
+                logits, _ = model.head(core_output, inputs["tty_chars"])
+            torch.manual_seed(int(rng.integers(2**32)))
+            action = int(
+                torch.distributions.Categorical(logits=logits[0, 0] / temperature).sample()
+            )
+            keys.append(KEYS[action])
+            obs, *_ = game.step(action)
+        game.close()
+        recorded_keys = read(tmp_path / "out" / f"{CHARACTER}-{SEED}-{k}")[1]
+        assert recorded_keys[: steps + 4] == keys + QUITTING and len(set(keys)) > 5
