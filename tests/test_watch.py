@@ -64,10 +64,9 @@ def command(*arguments):
 
 
 # --- the agent's own games
-@pytest.fixture(scope="module")
-def evaluated(checkpoint):
-    """Six games of an evaluation: all rows' screens and actions tick by tick, and the results."""
-    algorithm, config, _ = pomdp.load_agent(checkpoint)
+def evaluate(checkpoint, games, **given):
+    """An evaluation: all rows' screens and actions tick by tick, and the results."""
+    algorithm, config, _ = pomdp.load_agent(checkpoint, **given)
     screens, actions, act = [], [], algorithm.model.vec_act
 
     def vec_act(obs, *others, **more):
@@ -78,7 +77,12 @@ def evaluated(checkpoint):
 
     algorithm.model.vec_act = vec_act
     with contextlib.closing(pomdp.GamePool(config)) as pool:
-        return screens, actions, pomdp.vec_evaluate(pool, algorithm.model, MONK, 6, config.eval_seed, CPU)
+        return screens, actions, pomdp.vec_evaluate(pool, algorithm.model, MONK, games, config.eval_seed, CPU)
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint):
+    return evaluate(checkpoint, 6)
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
@@ -93,6 +97,15 @@ def test_the_game_is_the_one_that_evaluation_plays(checkpoint, evaluated, number
     assert all(np.array_equal(view.chars, screen[row]) for view, screen in zip(views, screens[first:]))
     assert (last.score, last.turn, last.step) == (results[number].score, results[number].turns, results[number].length)
     assert last.note == "the end: step limit" and len({view.action for view in views}) > 3
+
+
+def test_settings_of_the_evaluation_can_be_given(checkpoint):
+    """Another number of slots, another limit: game 2 is the second of slot 0, not the first of slot 2."""
+    given = dict(eval_processes=2, eval_max_steps=20)
+    _, actions, _ = evaluate(checkpoint, 3, **given)
+    done = command("--checkpoint", checkpoint, "--number", 2, *(f"--{name}={value}" for name, value in given.items()))
+    keys = [line[6:] for line in done.stdout.splitlines() if line.startswith("key   ")]
+    assert keys == [watch.action_name(int(chosen[0])) for chosen in actions[20:]], done.stderr
 
 
 def test_probabilities_and_value_are_the_model_s(checkpoint, recorded):
