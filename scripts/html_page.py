@@ -48,7 +48,7 @@ ARRAYS.update({"i4": "Int32Array", "f4": "Float32Array"})
 # What the game says, by kind of mark. New deepest levels are read from the status line instead.
 SAYINGS = {
     "level": re.compile(rb"Welcome to experience level \d+"),
-    "prayer": re.compile(rb"You begin praying[^.]{0,40}"),
+    "prayer": re.compile(rb"You begin praying"),
     "end": re.compile(rb"You (?:die|drown|suffocate|turn to stone|burn to a crisp|dissolve)\b"),
 }
 
@@ -109,7 +109,7 @@ class Page:
     def add(self, view: "View") -> None:
         """One frame of the page. It has been seen."""
         chars = plain_text(view.chars).ravel()
-        screen = np.stack([chars, view.colors.ravel().astype(np.uint8) & 31])
+        screen = np.stack([chars, view.colors.ravel().astype(np.uint8)])
         cells = np.flatnonzero((screen != self.screen).any(axis=0))
         self.screen = screen
         top: Any = np.zeros(TOP)
