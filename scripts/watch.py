@@ -4,18 +4,20 @@
     python scripts/watch.py --game DIR/nle.123.0.ttyrec3.bz2                    # a recorded game
     python scripts/watch.py --game FILE --checkpoint RUN/best.pt                # what would the agent have done?
     python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt     # every 100th frame as text
-    python scripts/watch.py --game FILE --html game.html                        # a page for a browser
+    python scripts/watch.py --game FILE --html game.html            # a page for a browser
 
 Beside the game a panel shows the five likeliest actions with their probabilities, the value, the score and the turn.
 Keys: space pauses and goes on, n and b (or right and left) go one step on and back, N and B 100 steps, + and - (or up
 and down) change the speed, q quits. Where this is not run in a terminal, frames are printed one after another.
-With `--html` the game becomes one page instead, which holds all it needs: `game.html#frame=812` opens at that frame.
+With `--html` the game becomes one page instead, which holds all it needs: `game.html#frame=812`
+opens at that frame.
 
-The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if left out), `--number`
-its game; an evaluation with other settings than the checkpoint's needs them as well (`--eval_processes`, ...).
-Screens, recurrent state and drawn actions are the same, step by step, on the same kind of device. Game k is
-played by slot k modulo eval_processes: the slot's games before it are played first, unseen, since chance in a game
-depends on the tick at which it begins. The value is in rewards of training: differences of the score over a scale.
+The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if
+left out), `--number` its game; an evaluation with other settings than the checkpoint's needs those
+as well (`--eval_processes`, `--eval_max_steps`). Screens, recurrent state and drawn actions are the
+same, step by step, on the same kind of device. Game k is played by slot k modulo eval_processes:
+the slot's games before it are played first, unseen, since chance in a game depends on the tick at
+which it begins. The value is in rewards of training: differences of the score over a scale.
 """
 
 import argparse
@@ -263,7 +265,7 @@ def print_frames(views: Views, title: str, start: int, every: int) -> View:
 
 
 def write_html(args: argparse.Namespace, views: Views, title: str) -> View:
-    """The game as a page for a browser, with every so many frames and the last -> the last frame."""
+    """The game as a page for a browser: every so many frames, and the last -> the last frame."""
     page = html_page.Page()
     added = False
     for number, view in enumerate(pomdp.progress(iterable=views, desc=args.html, unit="step")):
@@ -274,7 +276,7 @@ def write_html(args: argparse.Namespace, views: Views, title: str) -> View:
         if added:
             page.add(view)
     if not len(page):
-        raise UserError(f"there is nothing to show: the game has {number + 1:,} frames, --start is {args.start:,}")
+        raise UserError(f"no frame to show: the game has {number + 1:,}, --start is {args.start:,}")
     if not added:
         page.add(view)
     names = [action_name(action) for action in range(pomdp.NUM_ACTIONS)]
@@ -316,11 +318,11 @@ def run(args: argparse.Namespace) -> None:
     if args.game and not Path(args.game).is_file():
         raise UserError(f"there is no recorded game {args.game}")
     if args.html and (Path(args.html).is_dir() or not os.access(Path(args.html).parent, os.W_OK)):
-        raise UserError(f"cannot write {args.html}: --html takes a file's name, in a folder that can be written")
+        raise UserError(f"cannot write {args.html}: --html takes a file in a folder that is there")
     actor, title = None, "/".join(Path(str(args.game)).parts[-2:])
     if args.checkpoint:
-        names = ("device", "eval_seed", "eval_processes", "eval_max_steps", "character", "submission")
-        given = {name: getattr(args, name) for name in names}
+        names = "device eval_seed eval_processes eval_max_steps character submission"
+        given = {name: getattr(args, name) for name in names.split()}
         given = {name: value for name, value in given.items() if value is not None}
         algorithm, config, _ = pomdp.load_agent(args.checkpoint, **given)
         slots = (1, 0) if args.game else (-(-config.eval_processes // 8) * 8, args.number % config.eval_processes)

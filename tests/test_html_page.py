@@ -248,7 +248,7 @@ def test_a_browser_shows_the_recording_s_screen(tmp_path, recorded, address):
     key = "–" if view.action is None else watch.action_name(view.action)
     assert text_of(dump, "div", "key") == key and f"<dd>{view.turn:,}</dd>" in dump
     assert text_of(dump, "p", "note") == view.note
-    assert dump.count('aria-label="One frame on"') == 1 and text_of(dump, "p", "problem") == ""
+    assert dump.count('aria-label="One frame on"') == 1 and text_of(dump, "p", "said") == ""
 
 
 @needs_browser
@@ -287,9 +287,9 @@ def test_a_browser_shows_colours_and_the_panel(tmp_path):
 def test_mistakes_get_one_line(tmp_path, capsys):
     page = tmp_path / "page.html"
     for says, more in {
-        "the game has 441 frames": ["--html", str(page), "--start", "441"],
+        "the game has 441, --start is 441": ["--html", str(page), "--start", "441"],
         "cannot write": ["--html", str(tmp_path / "none" / "page.html")],
-        "takes a file's name": ["--html", str(tmp_path)],
+        "takes a file in a folder": ["--html", str(tmp_path)],
     }.items():
         assert watch.main(["--game", game_path(min), *more]) == 2
         error = capsys.readouterr().err

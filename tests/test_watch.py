@@ -77,7 +77,8 @@ def evaluate(checkpoint, games, **given):
 
     algorithm.model.vec_act = vec_act
     with contextlib.closing(pomdp.GamePool(config)) as pool:
-        return screens, actions, pomdp.vec_evaluate(pool, algorithm.model, MONK, games, config.eval_seed, CPU)
+        seed = config.eval_seed
+        return screens, actions, pomdp.vec_evaluate(pool, algorithm.model, MONK, games, seed, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,10 @@ def test_the_game_is_the_one_that_evaluation_plays(checkpoint, evaluated, number
 
 
 def test_settings_of_the_evaluation_can_be_given(checkpoint):
-    """Another number of slots, another limit: game 2 is the second of slot 0, not the first of slot 2."""
-    given = dict(eval_processes=2, eval_max_steps=20)
-    _, actions, _ = evaluate(checkpoint, 3, **given)
-    done = command("--checkpoint", checkpoint, "--number", 2, *(f"--{name}={value}" for name, value in given.items()))
+    """Of two slots game 2 is the second of slot 0, of three it was the first of slot 2."""
+    _, actions, _ = evaluate(checkpoint, 3, eval_processes=2, eval_max_steps=20)
+    line = ["--checkpoint", checkpoint, "--number", 2]
+    done = command(*line, "--eval_processes", 2, "--eval_max_steps", 20)
     keys = [line[6:] for line in done.stdout.splitlines() if line.startswith("key   ")]
     assert keys == [watch.action_name(int(chosen[0])) for chosen in actions[20:]], done.stderr
 
