@@ -4,15 +4,20 @@
     python scripts/watch.py --game DIR/nle.123.0.ttyrec3.bz2                    # a recorded game
     python scripts/watch.py --game FILE --checkpoint RUN/best.pt                # what would the agent have done?
     python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt     # every 100th frame as text
+    python scripts/watch.py --game FILE --html game.html            # a page for a browser
 
 Beside the game a panel shows the five likeliest actions with their probabilities, the value, the score and the turn.
 Keys: space pauses and goes on, n and b (or right and left) go one step on and back, N and B 100 steps, + and - (or up
 and down) change the speed, q quits. Where this is not run in a terminal, frames are printed one after another.
+With `--html` the game becomes one page instead, which holds all it needs: `game.html#frame=812`
+opens at that frame.
 
-The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if left out), `--number`
-its game. Screens, recurrent state and drawn actions are the same, step by step, on the same kind of device. Game k is
-played by slot k modulo eval_processes: the slot's games before it are played first, unseen, since chance in a game
-depends on the tick at which it begins. The value is in rewards of training: differences of the score over a scale.
+The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if
+left out), `--number` its game; an evaluation with other settings than the checkpoint's needs those
+as well (`--eval_processes`, `--eval_max_steps`). Screens, recurrent state and drawn actions are the
+same, step by step, on the same kind of device. Game k is played by slot k modulo eval_processes:
+the slot's games before it are played first, unseen, since chance in a game depends on the tick at
+which it begins. The value is in rewards of training: differences of the score over a scale.
 """
 
 import argparse
@@ -35,10 +40,11 @@ import torch
 from nle import nethack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import html_page
+
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NO_ACTION, ROWS, UNKNOWN_KEY, UserError
 
-TOP = 5  # likeliest actions shown
 PANEL = 36  # columns of the panel at the game's right; a narrower terminal has it below the game
 JUMP = 100  # steps
 
@@ -184,7 +190,7 @@ def panel(view: View, title: str) -> List[str]:
         lines.append(f"key   {action_name(view.action)}")
     lines += textwrap.wrap(view.note, PANEL)
     if view.probabilities is not None:
-        for action in np.argsort(-view.probabilities, kind="stable")[:TOP].tolist():
+        for action in np.argsort(-view.probabilities, kind="stable")[: html_page.TOP].tolist():
             share, mark = float(view.probabilities[action]), ">" if action == view.action else " "
             lines.append(
                 f"{mark} {action_name(action):<18.18} {share:6.1%} {'#' * round(8 * share)}".rstrip()
@@ -194,8 +200,7 @@ def panel(view: View, title: str) -> List[str]:
 
 def game_lines(view: View, coloured: bool) -> List[str]:
     """The 24 lines of the game's terminal, in its colours by escape sequences or as plain text."""
-    known = np.where(view.chars < 127, np.maximum(view.chars, 32), ord("?")).astype(np.uint8)
-    lines = [row.tobytes().decode("ascii") for row in known]
+    lines = [row.tobytes().decode("ascii") for row in html_page.plain_text(view.chars)]
     if not coloured:
         return lines
     styles = []
@@ -293,6 +298,30 @@ def print_frames(views: Views, title: str, start: int, every: int) -> View:
     return view
 
 
+def write_html(args: argparse.Namespace, views: Views, title: str) -> View:
+    """The game as a page for a browser: every so many frames, and the last -> the last frame."""
+    page = html_page.Page()
+    added = False
+    for number, view in enumerate(pomdp.progress(iterable=views, desc=args.html, unit="step")):
+        if number < args.start:
+            continue
+        page.see(view)
+        added = (number - args.start) % args.every == 0
+        if added:
+            page.add(view)
+    if not len(page):
+        raise UserError(f"no frame to show: the game has {number + 1:,}, --start is {args.start:,}")
+    if not added:
+        page.add(view)
+    names = [action_name(action) for action in range(pomdp.NUM_ACTIONS)]
+    if args.checkpoint:
+        title += f" ({'/'.join(Path(args.checkpoint).parts[-2:])})"
+    content = page.make(title, names, agent=not args.game, speed=args.speed)
+    pomdp.write_atomically(Path(args.html), content)
+    print(f"{args.html}: {len(page):,} frames, {len(content):,} bytes")
+    return view
+
+
 # --- the command line
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -317,6 +346,12 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=0,
         help="number of the game in that evaluation (default: %(default)s)",
     )
+    add(
+        "--eval_processes",
+        type=int,
+        help="games side by side in it (default: the checkpoint's)",
+    )
+    add("--eval_max_steps", type=int, help="its games' limit (default: the checkpoint's)")
     add("--start", type=int, default=0, help="step to begin with (default: %(default)s)")
     add(
         "--max_steps",
@@ -326,6 +361,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add("--speed", type=float, default=10.0, help="steps a second (default: %(default)s)")
     add("--every", type=int, default=1, help="print every so many frames (default: %(default)s)")
+    add("--html", metavar="PAGE.html", help="write a page for a browser instead")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--submission", help="the submission's file, if the checkpoint is of one and it has moved")
     return parser.parse_args(argv)
@@ -345,11 +381,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("nothing to watch: give --checkpoint FILE, --game FILE or both")
     if args.game and not Path(args.game).is_file():
         raise UserError(f"there is no recorded game {args.game}")
+    if args.html and (Path(args.html).is_dir() or not os.access(Path(args.html).parent, os.W_OK)):
+        raise UserError(f"cannot write {args.html}: --html takes a file in a folder that is there")
     actor, title = None, "/".join(Path(str(args.game)).parts[-2:])
     if args.checkpoint:
-        given = {
-            name: getattr(args, name) for name in ("device", "eval_seed", "character", "submission")
-        }
+        names = (
+            "device",
+            "eval_seed",
+            "eval_processes",
+            "eval_max_steps",
+            "character",
+            "submission",
+        )
+        given = {name: getattr(args, name) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
         algorithm, config, _ = pomdp.load_agent(args.checkpoint, **given)
         slots = (
@@ -365,7 +409,9 @@ def run(args: argparse.Namespace) -> None:
         title = f"{config.characters[0]}, game {args.number} of seed {config.eval_seed}"
         views = agent_game(actor, config, args.number, args.max_steps)
     with contextlib.closing(views):
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if args.html:
+            last = write_html(args, views, title)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
             last = play(views, title, args.start, args.speed)
         else:
             last = print_frames(views, title, args.start, args.every)

@@ -66,10 +66,9 @@ def command(*arguments):
 
 
 # --- the agent's own games
-@pytest.fixture(scope="module")
-def evaluated(checkpoint):
-    """Six games of an evaluation: all rows' screens and actions tick by tick, and the results."""
-    algorithm, config, _ = pomdp.load_agent(checkpoint, eval_episodes=6)
+def evaluate(checkpoint, games, **given):
+    """An evaluation: all rows' screens and actions tick by tick, and the results."""
+    algorithm, config, _ = pomdp.load_agent(checkpoint, eval_episodes=games, **given)
     screens, actions, act = [], [], algorithm.model.vec_act
 
     def vec_act(obs, *others, **more):
@@ -80,6 +79,11 @@ def evaluated(checkpoint):
 
     algorithm.model.vec_act = vec_act
     return screens, actions, pomdp.vec_evaluate(algorithm.model, MONK, config, CPU)
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint):
+    return evaluate(checkpoint, 6)
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
@@ -104,6 +108,15 @@ def test_the_game_is_the_one_that_evaluation_plays(checkpoint, evaluated, number
         results[number].length,
     )
     assert last.note == "the end: step limit" and len({view.action for view in views}) > 3
+
+
+def test_settings_of_the_evaluation_can_be_given(checkpoint):
+    """Of two slots game 2 is the second of slot 0, of three it was the first of slot 2."""
+    _, actions, _ = evaluate(checkpoint, 3, eval_processes=2, eval_max_steps=20)
+    line = ["--checkpoint", checkpoint, "--number", 2]
+    done = command(*line, "--eval_processes", 2, "--eval_max_steps", 20)
+    keys = [line[6:] for line in done.stdout.splitlines() if line.startswith("key   ")]
+    assert keys == [watch.action_name(int(chosen[0])) for chosen in actions[20:]], done.stderr
 
 
 def test_probabilities_and_value_are_the_model_s(checkpoint, recorded):
