@@ -707,8 +707,8 @@ def damaged_recordings(source):
         "garbled": bz2.compress(bytes(garbled)),
         "empty": b"",
         "compressed nothing": bz2.compress(b""),
-        "random": rng.randbytes(5000),
-        "compressed random": bz2.compress(rng.randbytes(5000)),
+        "random": bytes(rng.choices(range(256), k=5000)),
+        "compressed random": bz2.compress(bytes(rng.choices(range(256), k=5000))),
         "long frame": bz2.compress(
             plain[:last_key] + struct.pack("<iiiB", 0, 0, 2**31 - 1, 0) + b"x"
         ),
