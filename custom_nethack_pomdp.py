@@ -179,6 +179,7 @@ class TrainConfig:
     heldout_share: float = 0.1  # share of each character's games never trained on
     submission: Optional[str] = None  # file to take Model and OfflineAlgorithm from; None: this one
     algorithm: Dict[str, Any] = field(default_factory=dict)  # AWRConfig's, e.g. '{burn_in: 8}'
+    init_from: Optional[str] = None  # begin with this checkpoint's weights, all else anew
     evaluate: Optional[str] = None  # score this checkpoint instead of training
 
     project: str = "NetHack"  # wandb project
@@ -187,8 +188,9 @@ class TrainConfig:
     version: int = 0  # number that is appended to the group
     log_every: int = 50  # updates between logged rows
 
-    rnn_hidden_dim: int = 2048  # LSTM units a layer: the benchmark's 2048
-    rnn_layers: int = 2  # LSTM layers: the benchmark's 2
+    benchmark_sizes: bool = True  # the LSTM must be the benchmark's 2 x 2048; false: any will do
+    rnn_hidden_dim: int = 2048  # LSTM units a layer
+    rnn_layers: int = 2  # LSTM layers
     use_prev_action: bool = True  # feed the previous action to the LSTM
     rnn_dropout: float = 0.0  # share of values dropped between the LSTM's layers
     clip_range: float = 10.0  # rewards, in units of the reward scale, are clipped to +- this
@@ -227,7 +229,7 @@ class TrainConfig:
 
     @property
     def characters(self) -> List[str]:
-        names = [name.strip() for name in self.character.split(",")]
+        names = [name.strip().lower() for name in self.character.split(",")]
         return [name for name in dict.fromkeys(names) if name]
 
 
@@ -247,10 +249,12 @@ NO_RESULT = frozenset(
         "log_every",
         "render_processes",
         "resume",
+        "benchmark_sizes",
     }
 )
 # What may differ between a run and its continuation: these, its length, and how it is evaluated.
 MAY_DIFFER = NO_RESULT | {
+    "init_from",
     "update_steps",
     "device",
     "eval_every",
@@ -272,6 +276,8 @@ LIMITS: Dict[str, Tuple[float, float]] = {
     "heldout_share": (0, 0.9),
     "version": NOT_NEGATIVE,
     "log_every": COUNT,
+    "rnn_hidden_dim": COUNT,
+    "rnn_layers": COUNT,
     "rnn_dropout": SHARE,
     "clip_range": POSITIVE,
     "tau": SHARE,
@@ -304,8 +310,11 @@ CHOICES = {  # regular expressions
 
 def check_character(character: str) -> None:
     if character not in AUTOASCEND_MEAN_SCORE:
-        close = difflib.get_close_matches(character, AUTOASCEND_MEAN_SCORE, n=3) or ["mon-hum-neu"]
-        raise UserError(f"unknown character {character!r}; did you mean {', '.join(close)}?")
+        close = difflib.get_close_matches(character, AUTOASCEND_MEAN_SCORE, n=3)
+        hint = f"did you mean {', '.join(close)}?"
+        if not close:
+            hint = "a name is role-race-alignment, such as mon-hum-neu; give several by commas"
+        raise UserError(f"unknown character {character!r}; {hint}")
 
 
 def validate_config(config: TrainConfig) -> None:
@@ -776,6 +785,7 @@ class GameSource(NamedTuple):
     key: str  # the group inside an HDF5 file, empty for a ttyrec
     size: int
     mtime_ns: int
+    was_quit: bool = False  # by the keys that record_games.py and others press, QUIT_KEYS
 
 
 class Frames(NamedTuple):
@@ -887,8 +897,12 @@ def find_end_of_play(frames: Frames) -> int:
     return end
 
 
+# ESC, ESC, #quit and its answer: how record_games.py and others quit a game
+QUIT_ACTIONS = KEY_TO_ACTION[[27, 27, int(nethack.Command.QUIT), ord("y")]]
+
+
 # --- the chunk store of a character's games: index.npz and frames.bin in one folder
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 BLOCK = 64  # frames compressed together: more make the store smaller, and reading slower
 BYTES_A_WORKER = 4_000_000  # of recordings, for which a process of its own is worth its start
 ZSTD_LEVEL = 3  # smaller than level 1 and as fast to write; level 6 takes three times as long
@@ -918,8 +932,11 @@ def encode_game(source: GameSource) -> EncodedGame:
         frames = read_hdf5(source.path, source.key) if source.key else read_ttyrec(source.path)
         first = find_first_frame(frames)
         end = find_end_of_play(frames)
+        while source.was_quit and np.array_equal(frames.actions[end - 4 : end], QUIT_ACTIONS):
+            end -= 4
         if first >= end:
             raise GameError("it holds no frame of play")
+        end += source.was_quit  # from the frame after a cut the value before it is bootstrapped
     except UNREADABLE as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         return EncodedGame([], {}, problem)
@@ -945,6 +962,7 @@ def encode_game(source: GameSource) -> EncodedGame:
     columns = dict(
         names=source.name,
         frames=n,
+        is_cut=source.was_quit,
         block_sizes=[len(block) for block in blocks],
         block_checksums=[zlib.crc32(block) for block in blocks],  # quicker than zstandard's own
         reward_counts=len(reward_frames),
@@ -986,7 +1004,9 @@ def find_nld_games(root: Path, character: str) -> Tuple[List[GameSource], List[s
             if is_plain and path.is_file():
                 label = f"{path.parent.resolve().name}/{name}"
                 stat = path.stat()
-                games.add(GameSource(label, str(path), "", stat.st_size, stat.st_mtime_ns))
+                was_quit = xlog.get("death", "").startswith("quit")
+                identity = (stat.st_size, stat.st_mtime_ns)
+                games.add(GameSource(label, str(path), "", *identity, was_quit))
             else:
                 what = f"its line names no ttyrec3.bz2 file beside it ({name!r})"
                 problems.append(f"{xlogfile}: {what}")
@@ -1104,6 +1124,7 @@ class ChunkStore:
                 self.index = dict(arrays)
             self.names = self.index["names"]
             self.frames = self.index["frames"]
+            self.is_cut = self.index["is_cut"]  # then its last frame is the one after the cut
             num_blocks = -(-self.frames // BLOCK)
             self.first_blocks = np.cumsum(np.append(0, num_blocks))
             self.block_offsets = np.cumsum(np.append(0, self.index["block_sizes"]))
@@ -1181,7 +1202,7 @@ class Games:
         self.stores = list(stores)
         # each game's store, and its number there
         self.in_store = [(store, n) for store in self.stores for n in range(len(store.frames))]
-        frames = np.concatenate([store.frames for store in self.stores])
+        frames = np.concatenate([store.frames - store.is_cut for store in self.stores])
         self.frames = frames.clip(0, game_frames or None)
 
     def heldout(self, share: float) -> np.ndarray:
@@ -1321,7 +1342,7 @@ class ChunkLoader:
                 batch[name][row, here] = block[name][inside : inside + count]
             position += count
         filled = slice(0, stop - first)
-        batch["dones"][row, stop - first - 1] = stop == length
+        batch["dones"][row, stop - first - 1] = stop == length and not store.is_cut[number]
         batch["rewards"][row, filled] = self.rewards_of(store, number)[first:stop]
         if "returns" in batch:
             batch["returns"][row, filled] = self.returns_of(store, number)[first:stop]
@@ -1689,12 +1710,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def lambda_returns(
-    rewards: Tensor, dones: Tensor, values: Tensor, gamma: float, lam: float
+    rewards: Tensor, dones: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> Tensor:
     """TD(lambda) targets: G_t = r_t + gamma (1 - d_t) ((1 - lam) v_{t+1} + lam G_{t+1}), G_T = v_T.
+    Where a frame does not count, as behind a cut, G_t = v_t.
 
-    rewards, dones [B, T] float; values [B, T + 1] float (no gradient flows through the result).
-    Returns [B, T].
+    rewards, dones, mask [B, T] float; values [B, T + 1] float (no gradient flows through the
+    result). Returns [B, T].
     """
     values = values.detach()
     discounts = gamma * (1.0 - dones)
@@ -1703,6 +1725,7 @@ def lambda_returns(
     for t in range(rewards.shape[1] - 1, -1, -1):
         following = (1.0 - lam) * values[:, t + 1] + lam * result
         result = rewards[:, t] + discounts[:, t] * following
+        result = torch.where(mask[:, t] > 0, result, values[:, t])
         targets.append(result)
     return torch.stack(targets[::-1], dim=1)
 
@@ -1986,7 +2009,7 @@ class OfflineAlgorithm:
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """logits [B, T, A], values [B, T + 1]; actions, rewards, dones, mask [B, T] -> loss [],
         metrics."""
-        targets = self._targets(rewards, dones, values)
+        targets = self._targets(rewards, dones, values, mask)
         advantages = targets - values[:, :-1].detach()
         weights, clipped = self._weights(advantages, mask)
         log_probs = F.log_softmax(logits, dim=-1)
@@ -2005,9 +2028,9 @@ class OfflineAlgorithm:
         }
         return loss, info
 
-    def _targets(self, rewards: Tensor, dones: Tensor, values: Tensor) -> Tensor:
+    def _targets(self, rewards: Tensor, dones: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """What the value learns, [B, T]."""
-        return lambda_returns(rewards, dones, values, self.gamma, self.hyper.lam)
+        return lambda_returns(rewards, dones, values, mask, self.gamma, self.hyper.lam)
 
     def _weights(self, advantages: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
         """Of each frame in the policy's loss, [B, T], and the share [] clipped."""
@@ -2329,8 +2352,6 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Metrics:
 def geometric_mean(scores: Sequence[float]) -> float:
     """Of characters' scores, 0 if any is not above 0. (The task squashes each score before it takes
     this mean.)"""
-    if len(scores) == 1:
-        return scores[0]
     return math.prod(scores) ** (1 / len(scores)) if min(scores) > 0 else 0.0
 
 
@@ -2543,6 +2564,22 @@ def make_algorithm(config: TrainConfig, device: torch.device) -> Any:
     return algorithm
 
 
+def begin_algorithm(config: TrainConfig, device: torch.device) -> Any:
+    """A run's, with the weights of `init_from`, if any; layers that it has not keep their own, and
+    are named. Raises UserError where sizes differ."""
+    algorithm = make_algorithm(config, device)
+    if config.init_from:
+        path = Path(config.init_from).expanduser()
+        weights = read_checkpoint(path)["model"]
+        try:
+            missing = algorithm.model.load_state_dict(weights, strict=False).missing_keys
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit; give its sizes ({str(error)[:300]})") from None
+        fresh = [name for name, _ in algorithm.model.named_parameters() if name in missing]
+        say(f"begins with the weights of {path}; fresh layers: {', '.join(fresh) or 'none'}")
+    return algorithm
+
+
 def learning_rate_at(config: TrainConfig, transitions: int) -> float:
     """Warm-up, then constant or cosine down to a tenth. Counted in transitions, so the same at any
     batch size."""
@@ -2603,7 +2640,7 @@ class Trainer:
             store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             dist.init_process_group(backend, None, timedelta(hours=24), WORLD, RANK, store)
         set_seed(config.train_seed)
-        self.algorithm = algorithm or make_algorithm(config, self.device)
+        self.algorithm = algorithm or begin_algorithm(config, self.device)
         self.model = self.algorithm.model
         # the model, and what else there is, such as target networks
         parts = vars(self.algorithm).items()
@@ -2896,19 +2933,25 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
     return trainer.folder
 
 
+def check_sizes(config: TrainConfig) -> None:
+    """Raises UserError where the LSTM is not the benchmark's, unless that is wanted."""
+    if (config.rnn_hidden_dim, config.rnn_layers) != (2048, 2):
+        sizes = "rnn_hidden_dim and rnn_layers are not the benchmark's 2048 and 2"
+        if config.benchmark_sizes:
+            raise UserError(f"{sizes}: give --benchmark_sizes false for a run outside of it")
+        say(f"{sizes}: this run is not meant for it")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     # A submission that imports this file by its name gets this one, not a second one.
     sys.modules.setdefault("custom_nethack_pomdp", sys.modules[__name__])
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
-        if (config.rnn_hidden_dim, config.rnn_layers) != (2048, 2):
-            raise UserError(
-                "rnn_hidden_dim = 2048 and rnn_layers = 2 are the benchmark's and cannot be changed"
-            )
         keep_freed_memory()
         if config.evaluate:
             evaluate_checkpoint(config)
         else:
+            check_sizes(config)
             train(config)
     except UserError as error:
         print("error: " + " ".join(str(error).split())[:2000], file=sys.stderr)

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -58,6 +57,7 @@ SETTINGS.update(
     eval_max_steps=30,
 )
 SETTINGS.update(eval_heldout_frames=128, resume="true")
+SETTINGS.update(benchmark_sizes="false", rnn_hidden_dim=16)
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -120,8 +120,6 @@ def run_small(argv: List[str]) -> int:
     """PHASE COUNT ARGUMENTS...: custom_nethack_pomdp.py with a small network, disturbed at one moment."""
     phase, count, *arguments = argv
     torch.set_num_threads(1)
-    train = pomdp.train
-    pomdp.train = lambda config: train(replace(config, rnn_hidden_dim=16))
     if phase in PHASES:
         _, owner, name, act = PHASES[phase]
         setattr(owner, name, before_call(getattr(owner, name), int(count), act))

@@ -226,15 +226,20 @@ def test_lambda_returns_equal_a_plain_loop(rows, steps, gamma, lam, seed):
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(size=(rows, steps)), rng.normal(size=(rows, steps + 1))
     dones, expected = rng.random((rows, steps)) < 0.3, np.zeros((rows, steps))
+    counts = rng.random((rows, steps)) < 0.8
     for row in range(rows):
         after = values[row, steps]
         for t in reversed(range(steps)):
             following = 0 if dones[row, t] else (1 - lam) * values[row, t + 1] + lam * after
-            expected[row, t] = after = rewards[row, t] + gamma * following
+            after = rewards[row, t] + gamma * following
+            if not counts[row, t]:  # behind a cut: from here on the value goes on
+                after = values[row, t]
+            expected[row, t] = after
     tensors = (
         torch.tensor(rewards),
         torch.tensor(dones).double(),
         torch.tensor(values, requires_grad=True),
+        torch.tensor(counts).double(),
     )
     result = lambda_returns(*tensors, gamma, lam)
     assert not result.requires_grad
@@ -440,9 +445,10 @@ def test_loss_is_that_of_the_formulas():
     core, _ = single_steps(algorithm.model.backbone.eval(), *one_run(batch))
     with torch.no_grad():
         logits, values = algorithm.model.head(core, batch["tty_chars"])
-    targets = lambda_returns(
-        batch["rewards"][:, :-1], batch["dones"][:, :-1].float(), values, 0.999, AWRConfig.lam
-    )
+    rewards = batch["rewards"][:, :-1]
+    dones = batch["dones"][:, :-1].float()
+    mask = torch.ones_like(rewards)
+    targets = lambda_returns(rewards, dones, values, mask, 0.999, AWRConfig.lam)
     advantages = targets - values[:, :-1]
     scale = math.sqrt((advantages**2).mean().item())  # the first batch's own; later a running mean
     weights = torch.exp(

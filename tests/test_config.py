@@ -210,8 +210,9 @@ MISTAKES = {
     f"--train_seed {2**64}": "train_seed",  # torch takes no seed as large as this
     "--character mon-hum-nue": "mon-hum-nue.*mon-hum-neu",
     "--character mon-hum-neu,orc": "orc",
-    "--rnn_hidden_dim 512": "rnn_hidden_dim",
-    "--rnn_layers 1": "rnn_layers",
+    "--rnn_hidden_dim 512": "rnn_hidden_dim.*benchmark_sizes false",
+    "--rnn_layers 1": "rnn_layers.*benchmark_sizes false",
+    "--character VAL-HUM-NEU-FEM": "did you mean val-hum-neu",
     "--data_mode disk": "data_mode.*in_memory",
     "--lr_schedule linear": "lr_schedule.*cosine",
     "--precision fp16": "precision.*bf16",
@@ -449,3 +450,9 @@ def test_a_submission_that_imports_this_file_gets_the_one_that_runs(tmp_path):
     command = [sys.executable, str(SCRIPT), "--submission", str(tmp_path / "idea.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 2 and "cannot be used: SystemExit: True" in done.stderr
+
+
+def test_characters_in_upper_case_and_named_twice():
+    config = TrainConfig(character="Mon-Hum-Neu, val-hum-neu,mon-hum-neu")
+    assert config.characters == ["mon-hum-neu", "val-hum-neu"]
+    assert config.character == "mon-hum-neu,val-hum-neu"

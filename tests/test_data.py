@@ -886,3 +886,45 @@ def test_several_threads_read_one_store(stores):
 
     with pomdp.ThreadPoolExecutor(4) as pool:
         assert list(pool.map(sums, range(4))) == [sums()] * 4
+
+
+# --- games that were quit
+ESC, QUIT, YES, SEARCH = [int(pomdp.KEY_TO_ACTION[key]) for key in (27, 241, ord("y"), ord("s"))]
+
+
+@pytest.mark.parametrize("escapes, learned", [(0, 40), (3, 43), (30, 70)])
+def test_the_keys_that_quit_a_game_are_not_learned_and_it_is_cut(tmp_path, escapes, learned):
+    """ESC, ESC, #quit, y after 40 searches and some escapes of the player's own."""
+    game = pomdp.NetHackGame("val-hum-neu", savedir=str(tmp_path / "games"))
+    game.reset(5, 6)
+    for action in [SEARCH] * 40 + [ESC] * escapes + [ESC, ESC, QUIT, YES]:
+        assert not game.end
+        game.step(action)
+    game.close()
+    assert game.end == "died"
+    store = open_or_build_store(str(tmp_path), str(tmp_path / "stores"), "val-hum-neu")
+    games = Games([store])
+    assert games.frames.tolist() == [learned] and store.frames.tolist() == [learned + 1]
+    loader = loader_of(games, 1, 16, 1.0)
+    counted = []
+    for step in range(loader.plan.steps):
+        batch, _ = loader.batch_at(step)
+        assert not batch["dones"].any(), "the game went on"
+        counted.append(batch["actions"][:, :-1][batch["mask"][:, :-1]])
+    assert torch.cat(counted).tolist() == [SEARCH] * 40 + [ESC] * (learned - 40)
+
+
+def test_the_value_goes_on_where_a_game_was_quit(tmp_path):
+    """The last frame that counts is bootstrapped from the one on which the quitting began."""
+    game = pomdp.NetHackGame("val-hum-neu", savedir=str(tmp_path / "games"))
+    game.reset(5, 6)
+    for action in [SEARCH] * 40 + [ESC, ESC, QUIT, YES]:
+        game.step(action)
+    game.close()
+    store = open_or_build_store(str(tmp_path), str(tmp_path / "stores"), "val-hum-neu")
+    batch, _ = loader_of(Games([store]), 1, 64, 1.0).batch_at(0)
+    values = torch.arange(65.0)[None] + 100.0
+    mask = batch["mask"][:, :-1].float()
+    chunk = [batch[name][:, :-1].float() for name in ("rewards", "dones")]
+    targets = pomdp.lambda_returns(*chunk, values, mask, 0.9, 0.5)
+    assert chunk[0][0, 39] == 0 and targets[0, 39] == pytest.approx(0.9 * 140.0)

@@ -200,11 +200,8 @@ def test_disabled_writes_nothing_but_metrics_jsonl(tmp_path):
 # --- a whole run
 SMALL_RUN = """
 import sys
-from dataclasses import replace
 import custom_nethack_pomdp as pomdp
 
-train = pomdp.train
-pomdp.train = lambda config: train(replace(config, rnn_hidden_dim=16))
 if __name__ == "__main__":
     sys.exit(pomdp.main(sys.argv[1:]))
 """
@@ -249,7 +246,7 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
         eval_processes=1,
         eval_max_steps=5,
     )
-    settings.update(eval_heldout_frames=64)
+    settings.update(eval_heldout_frames=64, benchmark_sizes=False, rnn_hidden_dim=16)
     command = [
         sys.executable,
         "small.py",

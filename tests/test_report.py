@@ -171,6 +171,7 @@ def run_folder(tmp_path_factory, stores, stores_path):
     data = dict(data_path=str(ROOT / "tests" / "data" / "nle_data"), store_path=str(stores_path))
     playing = dict(eval_episodes=3, eval_processes=3, eval_max_steps=25, eval_heldout_frames=64)
     learning = dict(
+        benchmark_sizes=False,
         rnn_hidden_dim=16,
         update_steps=4,
         batch_size=4,

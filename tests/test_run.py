@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ SMALL = dict(
     checkpoint_every=2,
 )
 SMALL.update(eval_every=2, eval_episodes=0, eval_heldout_frames=128)
+SMALL.update(benchmark_sizes=False, rnn_hidden_dim=16)
 PLAYING = dict(
     update_steps=3,
     eval_episodes=3,
@@ -87,8 +88,6 @@ def assert_user_error(result, pattern):
 @pytest.fixture
 def small(monkeypatch, tmp_path, stores, stores_path, capfd, one_thread):
     """small(settings...) -> (exit status, stdout, stderr) of `main` with 16 hidden units; runs lie in ./runs."""
-    train = pomdp.train
-    monkeypatch.setattr(pomdp, "train", lambda config: train(replace(config, rnn_hidden_dim=16)))
     monkeypatch.chdir(tmp_path)
 
     def run(**settings):
@@ -301,6 +300,63 @@ def test_best_weights_and_target_networks_and_what_is_drawn_outlive_a_stop(toy, 
         assert toy(**TOY_SETTINGS, name="stopped")[0] == 143
     assert toy(**TOY_SETTINGS, name="stopped", resume=True)[0] == 0
     assert not differences(outcome(run_of()), outcome(run_of("stopped")))
+
+
+# --- another's weights
+def test_a_run_begins_with_the_weights_of_another(small):
+    """Its optimizer, schedule and step are new; what the checkpoint has not is fresh, and named."""
+    assert small(update_steps=2)[0] == 0
+    status, out, _ = small(name="next", init_from=run_of() / "last.pt", learning_rate=1e-12)
+    first, following = load(run_of() / "last.pt"), load(run_of("next") / "last.pt")
+    assert status == 0 and "last.pt; fresh layers: none" in out and " at step 0: " in out
+    assert following["step"] == 4 and following["optimizer"]["state"][0]["step"] == 4
+    for name, weights in first["model"].items():
+        close = torch.allclose(weights, following["model"][name], rtol=0, atol=1e-9)
+        assert close == (name != "advantage_square"), name
+
+    Path("idea.py").write_text(
+        "import torch\nimport custom_nethack_pomdp as ours\n"
+        "class Model(ours.Model):\n"
+        "    def __init__(self, backbone, hyper=None):\n"
+        "        super().__init__(backbone, hyper)\n"
+        "        self.value = torch.nn.Sequential(torch.nn.Linear(120, 3), torch.nn.Linear(3, 1))\n"
+        "class OfflineAlgorithm(ours.OfflineAlgorithm):\n"
+        "    model_class = Model\n",
+        encoding="utf-8",
+    )
+    other = dict(name="other", submission="idea.py", init_from=run_of() / "last.pt")
+    status, out, _ = small(**other)
+    names = [f"value.{layer}.{part}" for layer in (0, 1) for part in ("weight", "bias")]
+    assert status == 0 and f"fresh layers: {', '.join(names)}\n" in out
+
+
+def test_weights_of_another_size_are_one_line(small):
+    assert small(update_steps=1)[0] == 0
+    wider = dict(name="wider", rnn_hidden_dim=24, init_from=run_of() / "last.pt")
+    assert_user_error(small(**wider), r"last\.pt does not fit.*shape")
+    assert not run_of("wider").exists()
+    assert_user_error(small(name="wider", init_from="not/there.pt"), "not/there.pt")
+
+
+def test_a_run_of_other_sizes_says_that_it_is_not_meant_for_the_benchmark(small):
+    status, out, _ = small(update_steps=1)
+    lines = [line for line in out.splitlines() if "this run is not meant for it" in line]
+    assert status == 0 and len(lines) == 1 and "2048" in lines[0]
+    assert_user_error(small(benchmark_sizes=True), "benchmark_sizes false")
+
+
+def test_the_recipe_of_a_small_agent_runs(stores_path, monkeypatch, tmp_path, capfd):
+    """A few of its updates, and a game as each character cut short."""
+    config = ROOT / "scripts" / "configs" / "small_512.yaml"
+    short = dict(config=config, data_path=GAMES, store_path=stores_path, update_steps=3)
+    short.update(eval_heldout_frames=64, eval_episodes=1, eval_processes=1, eval_max_steps=5)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments({**short, "precision": "fp32"})) == 0
+    out = capfd.readouterr().out
+    assert "this run is not meant for it" in out and out.count("D4RL score") == 3
+    (folder,) = Path("runs", "custom-nethack-pomdp-v0").iterdir()
+    again = dict(evaluate=folder / "best.pt", eval_episodes=1, eval_max_steps=5, eval_processes=1)
+    assert main(arguments(again)) == 0, "it brings its own sizes"
 
 
 def test_a_head_that_does_not_fit_the_batch_is_one_line(small):
