@@ -35,6 +35,7 @@ Beside the batch goes prev_actions [B, 1] int64: the action before the first fra
 # FIXED: imports and constants
 # ==================================================================================================
 import argparse
+import csv
 import ctypes
 import difflib
 import fcntl
@@ -222,6 +223,7 @@ class TrainConfig:
     eval_precision: str = "fp32"  # products when acting on a CPU: fp32, or bf16 (faster, rounded)
     eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
     eval_seed: int = 50  # seed of the evaluation games and of sampled actions
+    eval_replays: int = 0  # games a character whose recording is kept: the best, the worst, between
 
     def __post_init__(self) -> None:
         self.character = ",".join(self.characters)  # one spelling, for names
@@ -250,6 +252,7 @@ NO_RESULT = frozenset(
         "render_processes",
         "resume",
         "benchmark_sizes",
+        "eval_replays",
     }
 )
 # What may differ between a run and its continuation: these, its length, and how it is evaluated.
@@ -298,6 +301,7 @@ LIMITS: Dict[str, Tuple[float, float]] = {
     "eval_max_steps": COUNT,
     "eval_heldout_frames": NOT_NEGATIVE,
     "eval_seed": SEED,
+    "eval_replays": NOT_NEGATIVE,
 }
 CHOICES = {  # regular expressions
     "data_mode": "compressed|memmap|in_memory",
@@ -548,8 +552,9 @@ class RunLogger:
         # our own axis: a resumed run lies where it belongs
         self.run.define_metric("*", step_metric="transitions")
 
-    def log(self, kind: str, metrics: Metrics) -> None:
-        """A row of this kind: "training" or "evaluation"."""
+    def log(self, kind: str, metrics: Metrics, games: Any = ()) -> None:
+        """A row of this kind: "training" or "evaluation"; and the evaluation's games, which wandb
+        shows as tables: pairs of a character and its GameResults."""
         # JSON knows no NaN
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         row = {"kind": kind, **finite}
@@ -559,6 +564,11 @@ class RunLogger:
         except OSError as error:
             warn(f"a row could not be written to {self.path}: {error.strerror}")
         if self.run is not None:
+            import wandb
+
+            for character, results in games:
+                table = wandb.Table(columns=list(GameResult._fields), data=results)
+                metrics = {**metrics, f"{character}/games": table}
             self.run.log(metrics, step=self.wandb_step)
             self.wandb_step += 1
 
@@ -2182,7 +2192,7 @@ class NetHackGame:
         self.env = NetHackScore(**options)
         self.max_steps = max_steps
         self.into = into
-        self.steps = self.score = self.depth = self.turn = 0
+        self.steps = self.score = self.depth = self.max_depth = self.level = self.turn = 0
         self.still = 0  # steps since the turn last changed
         self.end = ""  # one of ENDS, once the game is over
 
@@ -2198,11 +2208,26 @@ class NetHackGame:
         ctypes.c_long.in_dll(library, "ubirthday").value = 0
         # NLE loads it anew for the next game
         ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
-        self.steps = self.score = self.still = 0
+        self.steps = self.score = self.still = self.max_depth = 0
         self.end = ""
-        self.depth = int(raw["blstats"][nethack.NLE_BL_DEPTH])
-        self.turn = int(raw["blstats"][nethack.NLE_BL_TIME])
+        self._note(raw["blstats"].tolist())
         return self._observe(raw)
+
+    def _note(self, blstats: List[int]) -> None:
+        self.turn = blstats[nethack.NLE_BL_TIME]
+        self.level = blstats[nethack.NLE_BL_XP]
+        self.depth = blstats[nethack.NLE_BL_DEPTH]
+        self.max_depth = max(self.max_depth, self.depth)
+
+    def result(self, number: int) -> "GameResult":
+        """Of a game that has ended. NetHack's own log has the cause of a death."""
+        cause = self.end
+        if self.end == "died":
+            env = self.env.unwrapped
+            (log,) = Path(env.savedir or env.nethack._vardir).glob("*xlogfile")
+            cause = parse_xlogfile(log)[-1].get("death", self.end)
+        played = (self.score, self.depth, self.turn, self.steps, self.end)
+        return GameResult(number, *played, self.max_depth, self.level, cause)
 
     def step(self, action: int) -> Tuple[Observations, float, bool, Dict[str, Any]]:
         """-> obs, reward (difference of the in-game score), done, NLE's info."""
@@ -2210,10 +2235,9 @@ class NetHackGame:
         self.steps += 1
         self.score += int(reward)
         if not over:  # the screens after a game's end have all-zero blstats
-            turn = int(raw["blstats"][nethack.NLE_BL_TIME])
+            turn = self.turn
+            self._note(raw["blstats"].tolist())
             self.still = self.still + 1 if turn == self.turn else 0
-            self.turn = turn
-            self.depth = int(raw["blstats"][nethack.NLE_BL_DEPTH])
         if over:
             self.end = "died"
         elif self.still >= NO_PROGRESS_STEPS:
@@ -2249,6 +2273,9 @@ class GameResult(NamedTuple):
     turns: int
     length: int  # actions
     end: str  # one of ENDS
+    max_depth: int  # deepest level
+    level: int  # experience level
+    cause: str  # of death, in NetHack's words; for a game cut short its end
 
 
 def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
@@ -2258,9 +2285,14 @@ def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
 
 
 def vec_evaluate(
-    actor: Any, character: str, config: TrainConfig, device: torch.device
+    actor: Any,
+    character: str,
+    config: TrainConfig,
+    device: torch.device,
+    savedir: Optional[Path] = None,
 ) -> List[GameResult]:
-    """Plays games 0 .. eval_episodes - 1 of the character -> their results, in order.
+    """Plays games 0 .. eval_episodes - 1 of the character -> their results, in order. `savedir`
+    records them, each slot's in a folder of its own.
 
     Slot s plays games s, s + slots, ..., each from seeds of its own; of several torchrun processes
     each plays its share of the slots, so their number changes no game. All slots' games stand side
@@ -2294,7 +2326,8 @@ def vec_evaluate(
         stack.callback(bar.close)
         for slot in range(min(slots, num_episodes))[RANK::WORLD]:
             screen = {name: obs[name][slot] for name in OBSERVATIONS}
-            games[slot] = NetHackGame(character, max_steps=config.eval_max_steps, into=screen)
+            folder = savedir and str(savedir / str(slot))
+            games[slot] = NetHackGame(character, folder, config.eval_max_steps, into=screen)
             stack.callback(games[slot].close)
             begin(slot, slot)
         while max_over_processes(len(playing)):
@@ -2304,11 +2337,9 @@ def vec_evaluate(
             tick += 1
             for slot, number in list(playing.items()):
                 obs["prev_actions"][slot] = actions[slot]
-                game = games[slot]
-                game.step(actions[slot])
-                if game.end:
-                    ended = (game.score, game.depth, game.turn, game.steps, game.end)
-                    results.append(GameResult(number, *ended))
+                games[slot].step(actions[slot])
+                if games[slot].end:
+                    results.append(games[slot].result(number))
                     bar.update()
                     begin(slot, number + slots)
     actor.train()
@@ -2336,9 +2367,9 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Metrics:
         "normalized_score": normalized.mean(),
         "normalized_score_low": low,
         "normalized_score_high": high,
-        "turns_mean": np.mean([result.turns for result in results]),
-        "length_mean": np.mean([result.length for result in results]),
     }
+    for name in ("turns", "length", "max_depth", "level"):
+        summary[f"{name}_mean"] = np.mean([getattr(result, name) for result in results])
     for name in ("median", "mean", "std", "min", "max"):
         statistic = getattr(np, name)
         summary[f"reward_{name}"] = statistic(scores)
@@ -2368,25 +2399,48 @@ def save_games(prefix: Path, character: str, results: Sequence[GameResult], eval
     for name, array in arrays.items():
         path = prefix.with_name(f"{prefix.name}_{name}.npy")
         write_atomically(path, to_bytes(partial(np.save, arr=array)))
-    header = ["character", *GameResult._fields, "normalized_score", "core_seed", "disp_seed"]
-    lines: List[Sequence[Any]] = [header]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    seeds = ["core_seed", "disp_seed"]
+    writer.writerow(["character", *GameResult._fields, "normalized_score", *seeds])
     for result, score in zip(results, normalized):
-        lines.append([character, *result, score, *game_seeds(eval_seed, result.game)])
-    table = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        writer.writerow([character, *result, score, *game_seeds(eval_seed, result.game)])
     path = prefix.with_name(f"{prefix.name}_games.csv")
-    write_atomically(path, table.encode())
+    write_atomically(path, table.getvalue().encode())
 
 
-def evaluate_games(model: Any, config: TrainConfig, device: torch.device, prefix: Path) -> Metrics:
+def keep_replays(
+    savedir: Path, prefix: Path, results: Sequence[GameResult], config: TrainConfig
+) -> None:
+    """Of the games recorded below `savedir` keeps `eval_replays` as <prefix>_game<k>.ttyrec3.bz2,
+    evenly spaced by score from the best to the worst: one is the best."""
+    ranked = sorted(results, key=lambda result: result.score)
+    count = min(config.eval_replays, len(ranked))
+    for rank in np.linspace(len(ranked) - 1, 0, count).round().astype(int):
+        number = ranked[rank].game
+        slot = savedir / str(number % config.eval_processes)
+        (path,) = slot.glob(f"nle.*.{number // config.eval_processes}.ttyrec3.bz2")
+        os.replace(path, prefix.with_name(f"{prefix.name}_game{number}.ttyrec3.bz2"))
+    shutil.rmtree(savedir)
+
+
+def evaluate_games(
+    model: Any, config: TrainConfig, device: torch.device, prefix: Path
+) -> Tuple[Metrics, List[Any]]:
     """Plays every character's games, writes their files as <prefix>_<character>_..., prints scores
-    -> metrics."""
+    -> metrics, and pairs of a character and its results."""
     metrics: Metrics = {}
     scores: Metrics = {}
+    games = []
     for character in config.characters:
-        results = vec_evaluate(model, character, config, device)
+        files = prefix.with_name(f"{prefix.name}_{character}")
+        savedir = prefix.with_name(f".{files.name}_replays") if config.eval_replays else None
+        results = vec_evaluate(model, character, config, device, savedir)
+        games.append((character, results))
         if RANK == 0:
-            files = prefix.with_name(f"{prefix.name}_{character}")
             save_games(files, character, results, config.eval_seed)
+        if RANK == 0 and savedir:
+            keep_replays(savedir, files, results, config)
         summary = summarize_games(results, character)
         score = summary["normalized_score"]
         say_metrics(character, summary)
@@ -2399,7 +2453,7 @@ def evaluate_games(model: Any, config: TrainConfig, device: torch.device, prefix
     say_metrics("TEST_METRICS", scores)
     for name, score in scores.items():
         metrics[f"eval/{name}"] = score
-    return metrics
+    return metrics, games
 
 
 # ==================================================================================================
@@ -2827,22 +2881,20 @@ class Trainer:
         """Held-out loss, then games of every character: one row. A run keeps its best weights."""
         config = self.config
         row = self.position()
+        games: List[Any] = []
         set_seed(config.eval_seed)  # in case an algorithm draws
         if self.heldout is not None and config.eval_heldout_frames:
-            heldout = evaluate_heldout(
-                self.algorithm,
-                self.heldout,
-                config.eval_heldout_frames,
-                self.device,
-                self.precision,
-            )
+            limit = config.eval_heldout_frames
+            where = (self.device, self.precision)
+            heldout = evaluate_heldout(self.algorithm, self.heldout, limit, *where)
             say_metrics("HELDOUT_METRICS", {"step": self.step, **heldout})
             for name, value in heldout.items():
                 row[f"heldout/{name}"] = value
         if config.eval_episodes:
             begin = time.perf_counter()
             prefix = self.folder / str(self.step)
-            row.update(evaluate_games(self.model, config, self.device, prefix))
+            metrics, games = evaluate_games(self.model, config, self.device, prefix)
+            row.update(metrics)
             row["times/evaluation_cpu"] = time.perf_counter() - begin
         if not config.evaluate:
             names = ["best.pt"] if heldout_loss(row) < self.best else []
@@ -2853,7 +2905,7 @@ class Trainer:
                     write_atomically(self.folder / name, content)
         self.best = min(self.best, heldout_loss(row))
         self.evaluated = self.step
-        self.logger.log("evaluation", row)
+        self.logger.log("evaluation", row, games)
 
 
 def train(config: TrainConfig) -> Path:

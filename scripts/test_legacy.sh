@@ -38,4 +38,4 @@ if [ -z "${PYTHON:-}" ] && [ -n "$(version_of python3.8)" ]; then PYTHON=python3
 ensure_venv .venv-legacy "3.8 3.9 3.10 3.11" install_legacy scripts/requirements-legacy.txt scripts/test_legacy.sh
 export PYTHONWARNINGS="ignore:TypedStorage:UserWarning" # of torch 2.0 itself, wherever it saves
 exec .venv-legacy/bin/python -m pytest -q -m "not pinned_stack" \
-    tests/test_{algorithm,budget,config,data,evaluation,fast,game_io,logging,ranks,run,status}.py "$@"
+    tests/test_{algorithm,config,data,evaluation,fast,game_io,logging,ranks,run,status}.py "$@"

@@ -237,16 +237,18 @@ def test_seeds_are_distinct_and_within_nle_s_range():
 
 # --- what is made of the results
 RESULTS = [
-    GameResult(0, 100.0, 1, 10, 50, "died"),
-    GameResult(1, 40.0, 3, 400, 1000, "no progress"),
+    GameResult(0, 100.0, 1, 10, 50, "died", 1, 2, "killed by a newt"),
+    GameResult(1, 40.0, 3, 400, 1000, "no progress", 3, 1, "no progress"),
+    GameResult(2, 0.0, 2, 7, 60, "died", 2, 1, "killed by Ms. Oz, the shopkeeper, while praying"),
+    GameResult(3, 900.0, 4, 1000, 2000, "step limit", 5, 8, "step limit"),
 ]
-RESULTS += [GameResult(2, 0.0, 2, 7, 60, "died"), GameResult(3, 900.0, 4, 1000, 2000, "step limit")]
 
 
 def test_summary_against_plain_arithmetic():
     summary = pomdp.summarize_games(RESULTS, "ran-hum-neu")
     scores = [100.0, 40.0, 0.0, 900.0]
     expected = {"normalized_score": statistics.mean(score / 8067.99 for score in scores)}
+    expected.update(max_depth_mean=11 / 4, level_mean=12 / 4)
     expected.update(
         turns_mean=1417 / 4,
         length_mean=3110 / 4,
@@ -297,7 +299,8 @@ def test_bootstrap_interval_against_a_plain_loop():
 
 def test_an_evaluation_s_files_and_lines(tmp_path, capsys):
     config = settings(character="mon-hum-neu,ran-hum-neu", eval_episodes=4, eval_max_steps=20)
-    row = pomdp.evaluate_games(Watched(), config, CPU, tmp_path / "7")
+    row, games = pomdp.evaluate_games(Watched(), config, CPU, tmp_path / "7")
+    assert [character for character, _ in games] == config.characters
     said = capsys.readouterr().out.splitlines()
     shown = [
         float(line.split()[-1]) for line in said if line.startswith("D4RL score: ")
@@ -321,6 +324,44 @@ def test_an_evaluation_s_files_and_lines(tmp_path, capsys):
     seeds = [(int(game["core_seed"]), int(game["disp_seed"])) for game in table]
     assert seeds == [game_seeds(50, number) for number in range(4)]
     assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_causes_of_death_hold_commas_and_are_read_back(tmp_path):
+    pomdp.save_games(tmp_path / "7", "ran-hum-neu", RESULTS, 50)
+    with open(tmp_path / "7_games.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [game["cause"] for game in table] == [result.cause for result in RESULTS]
+    assert np.load(tmp_path / "7_depths.npy").tolist() == [1, 3, 2, 4]
+
+
+class Walkers(torch.nn.Module):
+    """They walk at random until their time is up: scores of several sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(3)
+
+    def vec_act(self, obs, state=None, device="cpu"):
+        return self.rng.integers(16, size=len(obs["prev_actions"])), None
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4, 9])
+def test_recordings_of_games_are_kept_by_their_score(tmp_path, kept):
+    """The best, the worst, and between; what is kept is the game that was played."""
+    config = settings(eval_episodes=7, eval_max_steps=400, eval_replays=kept)
+    _, ((_, results),) = pomdp.evaluate_games(Walkers(), config, CPU, tmp_path / "9")
+    recordings = list(tmp_path.glob("9_mon-hum-neu_game*.ttyrec3.bz2"))
+    numbers = sorted(int(path.name[18:].partition(".")[0]) for path in recordings)
+    assert len(numbers) == min(kept, 7) and set(numbers) <= set(range(7))
+    scores = {result.game: result.score for result in results}
+    chosen = [scores[number] for number in numbers]
+    assert len(set(scores.values())) > 1, "all alike: this shows nothing"
+    assert max(chosen) == max(scores.values())
+    assert min(chosen) == min(scores.values()) or kept == 1
+    for path, number in ((path, int(path.name[18:].partition(".")[0])) for path in recordings):
+        frames = pomdp.read_ttyrec(str(path))
+        assert frames.scores[pomdp.find_first_frame(frames) :].max() == scores[number]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "the others are gone"
 
 
 # --- held-out games

@@ -84,7 +84,7 @@ def test_the_packed_step_follows_the_weights_and_is_the_same_without_onednn_and_
         backbone.rnn.weight_hh_l1.sub_(update)
         plain, plain_state = backbone.rnn(features[:, None], state)
         fast, fast_state = backbone._step(features, state)
-        torch.testing.assert_close([fast, *fast_state], [plain, *plain_state], rtol=0, atol=2e-6)
+        torch.testing.assert_close([fast, *fast_state], [plain, *plain_state], rtol=0, atol=5e-6)
         assert backbone._packed_weights()[0][0].is_mkldnn
     assert copy.deepcopy(backbone)._packed is None  # 230 MB that a copy makes anew
     backbone.acting_dtype = torch.bfloat16
@@ -92,7 +92,7 @@ def test_the_packed_step_follows_the_weights_and_is_the_same_without_onednn_and_
     assert half.dtype == torch.float32 and 1e-5 < (half - plain).abs().max() < 5e-2
     backbone.acting_dtype = torch.float32
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    torch.testing.assert_close(backbone._step(features, state)[0], plain, rtol=0, atol=2e-6)
+    torch.testing.assert_close(backbone._step(features, state)[0], plain, rtol=0, atol=5e-6)
     assert not backbone._packed_weights()[0][0].is_mkldnn
 
 
@@ -200,6 +200,7 @@ def test_benchmark_measures_every_row_and_shows_its_file_as_it_did(tmp_path):
     assert tables[0] == tables[1] and len(tables[0]) == 2 + len(rows)
 
 
+@pytest.mark.pinned_stack
 def test_the_sides_of_a_row_take_turns_and_the_first_turn_warms_up(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import benchmark
@@ -225,6 +226,7 @@ def test_the_sides_of_a_row_take_turns_and_the_first_turn_warms_up(monkeypatch):
     assert benchmark.line_of(alone) == "| train | fp32 | 20 (10..30) | - | transitions/s | - |  |"
 
 
+@pytest.mark.pinned_stack
 def test_benchmark_says_what_is_wrong(tmp_path):
     for option, value, message in (
         ("--rows", "reading", "--rows out of"),

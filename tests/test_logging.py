@@ -170,6 +170,7 @@ def logged(tmp_path_factory):
     }
 
 
+@pytest.mark.pinned_stack
 @pytest.mark.parametrize("way", WAYS)
 def test_an_offline_run_holds_what_metrics_jsonl_holds(logged, way):
     """And a run does not die of wandb."""
@@ -226,6 +227,7 @@ def run_on_a_terminal(command, **options):
         return file.read().decode(), shown.decode()
 
 
+@pytest.mark.pinned_stack  # older ones have no reader of offline runs
 def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, stores_path):
     """wandb's rows equal metrics.jsonl, before and after resuming, and its own step goes on: it drops what goes back.
 
