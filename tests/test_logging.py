@@ -274,5 +274,14 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
         [row for part in parts for row in read_back(part.parent)[0]],
         as_logged(folder / "metrics.jsonl"),
     )
+    # What metrics.jsonl has not: a table of each evaluation's games, beside the run.
+    tables = [key for row in shown for key in list(row) if "/games" in key]
+    assert len(tables) > 2
+    for row in shown:
+        for key in tables:
+            row.pop(key, None)
+    found = [json.loads(path.read_text()) for path in folder.rglob("games_*.table.json")]
+    assert len(found) == 2 and all(len(table["data"]) == 1 for table in found)
+    assert found[0]["columns"] == list(pomdp.GameResult._fields)
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
     assert plain(shown) == rows and [row["_step"] for row in shown] == list(range(6))
