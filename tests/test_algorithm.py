@@ -270,46 +270,69 @@ def test_weights_grow_with_the_advantage_up_to_the_clip_and_those_at_it_are_coun
 
 
 def named_by(line):
-    """The same as named_keys in plain Python, for one message line: the actions whose keys it names."""
-    found = re.search(rb"\[(.*?)(?: or|\]|$)", line)
+    """The same as named_keys in plain Python, for one message line: the keys that it names."""
+    found = re.search(rb"\? \[(.*?)(?: or \?|\]|$)", line)
     text = re.sub(
         rb"(\w)-(\w)",
         lambda span: bytes(range(span[1][0], span[2][0] + 1)),
-        found[1] if found else b"",
+        found[1].replace(b" ", b"") if found else b"",
     )
     return [int(key) in text for key in pomdp.nethack.ACTIONS]
 
 
-LINES = [
-    "[$lp or ?*]",
-    "[- a-dfo or ?*]",
-    "[d-f or ?*]",
-    "[a-cX-Z or ?*]",
-    "[- or ?*]",
-    "[oqr or ?*]",
-    "eat it? [ynq] (q)",
-]
+QUESTIONS = {  # -> the keys named, of those that are actions
+    "What do you want to throw? [$lp or ?*]": "$lp",
+    "What do you want to wield? [- a-dfo or ?*]": "-abcdfo",
+    "What do you want to eat? [d-f or ?*]": "def",
+    "What do you want to eat? [a-cX-Z or ?*]": "abcXYZ",
+    "What do you want to wield? [- or ?*]": "-",
+    "What do you want to eat? [oqr or ?*]": "oqr",
+    "There is a newt corpse here; eat it? [ynq] (n)": "ynq",
+    "A large box is here.  Check it for traps? [yn".rjust(80): "yn",  # and on in the next line
+    "What do you want to throw? [$ajt or ?*]": "$ajt",
+    # "o" and "r" are letters too
+    "What do you want to eat? [o or ?*]": "o",
+    "What do you want to wield? [- or or ?*]": "-or",
+    "What do you want to wield? [- ort or ?*]": "-ort",
+    "What do you want to write with? [- abd or ?*]": "-abd",  # not SPACE, which cancels
+    "You see an [x] here.  Eat it? [abc or ?*]": "abc",
+    # no questions: a menu of skills, and what was read
+    "   boomerang          [Unskilled]": "",
+    'You read: "[ad aerarium".': "",
+}
 
 
-def test_keys_that_a_question_names(games):
+def screens_of(lines):
+    """Terminals [N, 24, 80] with these messages; the other rows are full of brackets."""
+    chars = torch.full((len(lines), 24, 80), ord(" "), dtype=torch.uint8)
+    for screen, line in zip(chars, lines):
+        screen[0, : len(line)] = torch.tensor(list(line.encode()))
+    chars[:, 1:] = torch.tensor(list(b"? [a")).repeat(20)
+    return chars
+
+
+@pytest.mark.parametrize("line", QUESTIONS)
+def test_keys_that_a_question_names(line):
+    keys = small_algorithm().model.keys
+    named = pomdp.named_keys(screens_of([line]), keys)[0]
+    assert {chr(key) for key in keys[named > 0].tolist()} == {*QUESTIONS[line]}
+    assert set(named.tolist()) <= {0.0, 1.0}
+    assert named_by(line.encode()) == named.tolist()
+
+
+def test_keys_that_recorded_questions_name(games):
+    """All frames that ask, and as floats, as the benchmark gives them."""
     loader = pomdp.ChunkLoader(
         games, range(len(games.frames)), pomdp.TrainConfig(seq_len=200), 16, 1.0
     )
     recorded = torch.cat(
         [loader.batch_at(number)[0]["tty_chars"][:, :-1].flatten(0, 1) for number in range(8)]
     )
-    screens = torch.full((len(LINES), 24, 80), ord(" "), dtype=torch.uint8)
-    for screen, line in zip(screens, LINES):
-        screen[0, : len(line)] = torch.tensor(list(line.encode()))
-    screens[:, 1] = ord("[")  # other rows ask nothing
     keys = small_algorithm().model.keys
-    for part, least in ((screens, len(LINES)), (recorded, 50)):
-        found = pomdp.named_keys(part[:, None], keys)[:, 0]
-        expected = torch.tensor([named_by(bytes(line.tolist())) for line in part[:, 0]]).float()
-        assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= least
-        assert torch.equal(
-            found, pomdp.named_keys(part.float(), keys)
-        )  # as the benchmark gives them
+    found = pomdp.named_keys(recorded[:, None], keys)[:, 0]
+    expected = torch.tensor([named_by(bytes(line.tolist())) for line in recorded[:, 0]]).float()
+    assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= 50
+    assert torch.equal(found, pomdp.named_keys(recorded.float(), keys))
 
 
 def test_named_keys_are_answered_as_the_model_has_learned(games):
@@ -318,7 +341,7 @@ def test_named_keys_are_answered_as_the_model_has_learned(games):
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-2)
     letters = torch.randint(ord("a"), ord("z") + 1, (64, 2), generator=torch.manual_seed(0))
     batch["tty_chars"][:], batch["rewards"][:] = ord(" "), 0
-    batch["tty_chars"][:, :, 0, 20], batch["tty_chars"][:, :, 0, 22] = ord("["), ord("]")
+    batch["tty_chars"][:, :, 0, 18:23] = torch.tensor(list(b"? [x]")).byte()
     batch["tty_chars"][:, :, 0, 21] = letters.byte()
     batch["actions"] = torch.as_tensor(pomdp.KEY_TO_ACTION)[letters].long()
     for _ in range(60):
