@@ -723,6 +723,26 @@ def test_learning_rate_counts_transitions():
     assert pomdp.learning_rate_at(pomdp.TrainConfig(), 10**9) == pomdp.TrainConfig().learning_rate
 
 
+def test_every_schedule_begins_with_the_warm_up():
+    for schedule in ("constant", "cosine"):
+        config = pomdp.TrainConfig(
+            learning_rate=1.0, warmup_transitions=1000, lr_schedule=schedule, update_steps=10**9
+        )
+        rates = [pomdp.learning_rate_at(config, transitions) for transitions in (0, 250, 1000)]
+        assert rates == pytest.approx([0.0, 0.25, 1.0]), schedule
+
+
+def test_the_schedule_counts_the_rows_of_all_processes(monkeypatch):
+    """Two processes with five rows each are as far as one with ten."""
+    shared = dict(lr_schedule="cosine", seq_len=10, update_steps=100)
+    alone = pomdp.TrainConfig(**shared, batch_size=10)
+    of_two = pomdp.TrainConfig(**shared, batch_size=5)
+    places = (0, 2500, 5000, 10_000)
+    expected = [pomdp.learning_rate_at(alone, transitions) for transitions in places]
+    monkeypatch.setattr(pomdp, "WORLD", 2)
+    assert [pomdp.learning_rate_at(of_two, transitions) for transitions in places] == expected
+
+
 def test_weight_decay_covers_each_matrix_once_and_nothing_else():
     algorithm = small_algorithm()
     config = pomdp.TrainConfig(rnn_hidden_dim=HIDDEN, weight_decay=0.1, device="cpu")
