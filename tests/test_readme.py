@@ -1,4 +1,4 @@
-"""The READMEs' tables are what their rows make, commands can be given, links and names lead somewhere.
+"""The READMEs' tables are what their rows make; commands can be given; links and names exist.
 
 A table's marker says what it is made from: <!-- table: report small_512 --> stands above what
 scripts/report.py prints of scripts/results/small_512. The README shows some lines of the long ones.
@@ -103,7 +103,7 @@ def commands():
 
 @pytest.mark.parametrize("line", dict.fromkeys(commands()))
 def test_a_command_can_be_given(line, monkeypatch):
-    """Scripts and files are there; the main file takes the settings, other scripts know the options."""
+    """Its files are there; the main file takes the settings, other scripts know the options."""
     program, *words = shlex.split(line, comments=True)
     script = next((word for word in words if word.endswith((".py", ".sh"))), "")
     assert program in ("python", "bash", "torchrun", "source"), line

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import main
@@ -120,7 +121,12 @@ def full(tmp_path_factory):
     for settings in (FULL, dict(evaluate=run / "best.pt", data_path=GAMES)):
         command = [sys.executable, str(SCRIPT), *arguments({**settings, **EVALUATION})]
         options = dict(
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
         )
         result = subprocess.run(command, **options)
         assert result.returncode == 0 and not result.stderr, result.stderr
