@@ -1801,7 +1801,7 @@ def named_keys(tty_chars: Tensor, keys: Tensor) -> Tensor:
     """Screens [..., 24, 80] -> [..., A] float32: 1 for the actions whose keys [A] the question on
     the top line names. "What do you want to eat? [d-gk or ?*]" names d, e, f, g and k."""
     # line        e a t ?   [ d - g k   o r   ? * ]     the top line
-    # inside      . . . . . . x x x x . . . . . . .     after the last "[", before "]" or " or"
+    # inside      . . . . . . x x x x . . . . . . .     after "? [", before "]" or " or ?"
     # spans       . . . . . . . x . . . . . . . . .     a "-" between two rising keys, here d and g
     # rises       +1 at d, -1 at h (the span); +1 at g, -1 at h; +1 at k, -1 at l
     # cumulated over the keys' codes: above 0 at d, e, f, g and k
@@ -1809,13 +1809,14 @@ def named_keys(tty_chars: Tensor, keys: Tensor) -> Tensor:
     before = line.roll(1, -1)
     after = line.roll(-1, -1)
     column = torch.arange(line.shape[-1], device=line.device)
-    is_or = (line == ord(" ")) & (after == ord("o")) & (line.roll(-2, -1) == ord("r"))
-    is_open = line == ord("[")
+    is_space = line == ord(" ")
+    is_or = is_space & (line.roll(-4, -1) == ord("?"))
+    is_open = (line == ord("[")) & (line.roll(2, -1) == ord("?"))
     is_end = (line == ord("]")) | is_or
     opened = torch.where(is_open, column, -1).cummax(-1).values  # the last one so far
     ended = torch.where(is_end, column, -1).cummax(-1).values
-    inside = (opened > ended) & (opened < column)
-    spans = inside & (line == ord("-")) & (before > ord(" ")) & (before < after)
+    inside = (opened > ended) & (opened < column) & ~is_space  # "- abc": bare hands, a, b and c
+    spans = inside & (line == ord("-")) & (before < after)
     first = torch.where(spans, before, line)
     last = torch.where(spans, after, line)
     rises = torch.zeros(*line.shape[:-1], 257, device=line.device)
@@ -2368,8 +2369,8 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Metrics:
         "normalized_score_low": low,
         "normalized_score_high": high,
     }
-    for name in ("turns", "length", "max_depth", "level"):
-        summary[f"{name}_mean"] = np.mean([getattr(result, name) for result in results])
+    for name in ("turns_mean", "length_mean", "max_depth_mean", "level_mean"):
+        summary[name] = np.mean([getattr(result, name[:-5]) for result in results])
     for name in ("median", "mean", "std", "min", "max"):
         statistic = getattr(np, name)
         summary[f"reward_{name}"] = statistic(scores)

@@ -26,6 +26,9 @@ import custom_nethack_pomdp as pomdp
 
 CHARACTERS = ("mon-hum-neu", "val-hum-neu", "ran-hum-neu")
 RECORDED = ROOT / "tests" / "data" / "nle_data"
+# Seconds that a subprocess may take, which only ends what hangs: none takes a tenth of it alone, and
+# other programs may want the cores.
+LIMIT_S = 1200
 
 
 def pytest_configure(config):

@@ -275,46 +275,69 @@ def test_weights_grow_with_the_advantage_up_to_the_clip_and_those_at_it_are_coun
 
 
 def named_by(line):
-    """The same as named_keys in plain Python, for one message line: the actions whose keys it names."""
-    found = re.search(rb"\[(.*?)(?: or|\]|$)", line)
+    """The same as named_keys in plain Python, for one message line: the keys that it names."""
+    found = re.search(rb"\? \[(.*?)(?: or \?|\]|$)", line)
     text = re.sub(
         rb"(\w)-(\w)",
         lambda span: bytes(range(span[1][0], span[2][0] + 1)),
-        found[1] if found else b"",
+        found[1].replace(b" ", b"") if found else b"",
     )
     return [int(key) in text for key in pomdp.nethack.ACTIONS]
 
 
-LINES = [
-    "[$lp or ?*]",
-    "[- a-dfo or ?*]",
-    "[d-f or ?*]",
-    "[a-cX-Z or ?*]",
-    "[- or ?*]",
-    "[oqr or ?*]",
-    "eat it? [ynq] (q)",
-]
+QUESTIONS = {  # -> the keys named, of those that are actions
+    "What do you want to throw? [$lp or ?*]": "$lp",
+    "What do you want to wield? [- a-dfo or ?*]": "-abcdfo",
+    "What do you want to eat? [d-f or ?*]": "def",
+    "What do you want to eat? [a-cX-Z or ?*]": "abcXYZ",
+    "What do you want to wield? [- or ?*]": "-",
+    "What do you want to eat? [oqr or ?*]": "oqr",
+    "There is a newt corpse here; eat it? [ynq] (n)": "ynq",
+    "A large box is here.  Check it for traps? [yn".rjust(80): "yn",  # and on in the next line
+    "What do you want to throw? [$ajt or ?*]": "$ajt",
+    # "o" and "r" are letters too
+    "What do you want to eat? [o or ?*]": "o",
+    "What do you want to wield? [- or or ?*]": "-or",
+    "What do you want to wield? [- ort or ?*]": "-ort",
+    "What do you want to write with? [- abd or ?*]": "-abd",  # not SPACE, which cancels
+    "You see an [x] here.  Eat it? [abc or ?*]": "abc",
+    # no questions: a menu of skills, and what was read
+    "   boomerang          [Unskilled]": "",
+    'You read: "[ad aerarium".': "",
+}
 
 
-def test_keys_that_a_question_names(games):
+def screens_of(lines):
+    """Terminals [N, 24, 80] with these messages; the other rows are full of brackets."""
+    chars = torch.full((len(lines), 24, 80), ord(" "), dtype=torch.uint8)
+    for screen, line in zip(chars, lines):
+        screen[0, : len(line)] = torch.tensor(list(line.encode()))
+    chars[:, 1:] = torch.tensor(list(b"? [a")).repeat(20)
+    return chars
+
+
+@pytest.mark.parametrize("line", QUESTIONS)
+def test_keys_that_a_question_names(line):
+    keys = small_algorithm().model.keys
+    named = pomdp.named_keys(screens_of([line]), keys)[0]
+    assert {chr(key) for key in keys[named > 0].tolist()} == {*QUESTIONS[line]}
+    assert set(named.tolist()) <= {0.0, 1.0}
+    assert named_by(line.encode()) == named.tolist()
+
+
+def test_keys_that_recorded_questions_name(games):
+    """All frames that ask, and as floats, as the benchmark gives them."""
     loader = pomdp.ChunkLoader(
         games, range(len(games.frames)), pomdp.TrainConfig(seq_len=200), 16, 1.0
     )
     recorded = torch.cat(
         [loader.batch_at(number)[0]["tty_chars"][:, :-1].flatten(0, 1) for number in range(8)]
     )
-    screens = torch.full((len(LINES), 24, 80), ord(" "), dtype=torch.uint8)
-    for screen, line in zip(screens, LINES):
-        screen[0, : len(line)] = torch.tensor(list(line.encode()))
-    screens[:, 1] = ord("[")  # other rows ask nothing
     keys = small_algorithm().model.keys
-    for part, least in ((screens, len(LINES)), (recorded, 50)):
-        found = pomdp.named_keys(part[:, None], keys)[:, 0]
-        expected = torch.tensor([named_by(bytes(line.tolist())) for line in part[:, 0]]).float()
-        assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= least
-        assert torch.equal(
-            found, pomdp.named_keys(part.float(), keys)
-        )  # as the benchmark gives them
+    found = pomdp.named_keys(recorded[:, None], keys)[:, 0]
+    expected = torch.tensor([named_by(bytes(line.tolist())) for line in recorded[:, 0]]).float()
+    assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= 50
+    assert torch.equal(found, pomdp.named_keys(recorded.float(), keys))
 
 
 def test_named_keys_are_answered_as_the_model_has_learned(games):
@@ -323,7 +346,7 @@ def test_named_keys_are_answered_as_the_model_has_learned(games):
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=1e-2)
     letters = torch.randint(ord("a"), ord("z") + 1, (64, 2), generator=torch.manual_seed(0))
     batch["tty_chars"][:], batch["rewards"][:] = ord(" "), 0
-    batch["tty_chars"][:, :, 0, 20], batch["tty_chars"][:, :, 0, 22] = ord("["), ord("]")
+    batch["tty_chars"][:, :, 0, 18:23] = torch.tensor(list(b"? [x]")).byte()
     batch["tty_chars"][:, :, 0, 21] = letters.byte()
     batch["actions"] = torch.as_tensor(pomdp.KEY_TO_ACTION)[letters].long()
     for _ in range(60):
@@ -704,6 +727,26 @@ def test_learning_rate_counts_transitions():
         and rates[4] == pytest.approx(0.1)
     )
     assert pomdp.learning_rate_at(pomdp.TrainConfig(), 10**9) == pomdp.TrainConfig().learning_rate
+
+
+def test_every_schedule_begins_with_the_warm_up():
+    for schedule in ("constant", "cosine"):
+        config = pomdp.TrainConfig(
+            learning_rate=1.0, warmup_transitions=1000, lr_schedule=schedule, update_steps=10**9
+        )
+        rates = [pomdp.learning_rate_at(config, transitions) for transitions in (0, 250, 1000)]
+        assert rates == pytest.approx([0.0, 0.25, 1.0]), schedule
+
+
+def test_the_schedule_counts_the_rows_of_all_processes(monkeypatch):
+    """Two processes with five rows each are as far as one with ten."""
+    shared = dict(lr_schedule="cosine", seq_len=10, update_steps=100)
+    alone = pomdp.TrainConfig(**shared, batch_size=10)
+    of_two = pomdp.TrainConfig(**shared, batch_size=5)
+    places = (0, 2500, 5000, 10_000)
+    expected = [pomdp.learning_rate_at(alone, transitions) for transitions in places]
+    monkeypatch.setattr(pomdp, "WORLD", 2)
+    assert [pomdp.learning_rate_at(of_two, transitions) for transitions in places] == expected
 
 
 def test_weight_decay_covers_each_matrix_once_and_nothing_else():

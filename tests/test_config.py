@@ -13,6 +13,7 @@ import pyrallis
 import pytest
 import torch
 import yaml
+from conftest import LIMIT_S
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -362,7 +363,7 @@ def command_line(folder, *argv):
     }
     environment = {**kept, "HOME": str(folder), "WANDB_MODE": "disabled"}
     options = dict(
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     return subprocess.run([sys.executable, *argv], **options), os.listdir(folder)
 
@@ -448,7 +449,7 @@ def test_a_submission_that_imports_this_file_gets_the_one_that_runs(tmp_path):
     text = "import sys, custom_nethack_pomdp as ours\nsys.exit(ours is sys.modules['__main__'])"
     (tmp_path / "idea.py").write_text(text, encoding="utf-8")
     command = [sys.executable, str(SCRIPT), "--submission", str(tmp_path / "idea.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=LIMIT_S)
     assert done.returncode == 2 and "cannot be used: SystemExit: True" in done.stderr
 
 

@@ -194,6 +194,44 @@ def test_stores_hold_what_nle_s_readers_read(recorded_games, stores, dataset, ch
     ) and f"{len(sources)} games" in str(store)
 
 
+# -- where the player's frames end -------------------------------------------------------------------------------------
+TOMB, ATTRIBUTES, WEAPONS = "/ killed by a newt", "Agent the Candidate's attributes:", "Weapons"
+MORE, BITTEN, DIED = "--More--", "The newt bites!--More--", "You die...--More--"
+DEATHS = [
+    "You die...",
+    "You drown.",
+    "You suffocate.",
+    "You burn to a crisp...",
+    "You turn to stone...",
+]
+DEATHS += ["You are turned to slime!", "You dissolve in molten lava.", "You choke over your food."]
+DEATHS += ["You escaped from the dungeon!", "You ascend to the status of Demigod..."]
+ENDINGS = [  # what is shown when the player presses SPACE, and when NLE does
+    *(([BITTEN], [death + MORE, "Identify?" + MORE, ATTRIBUTES, TOMB]) for death in DEATHS),
+    ([BITTEN], [DIED, f"{WEAPONS} (1 of 2)", "Armor (2 of 2)", ATTRIBUTES, TOMB]),
+    ([BITTEN], [DIED, f"{WEAPONS} (end)", f"{ATTRIBUTES} (1 of 2)", "(2 of 2)", TOMB]),
+    # whatever it says, the last message is shown after the game is over
+    ([BITTEN], ["It bites!" + MORE, ATTRIBUTES, TOMB]),
+    (["You see a newt."], [ATTRIBUTES, TOMB]),
+    # the player's own look at attributes, and at a menu
+    ([f"{ATTRIBUTES} (1 of 2)", "(2 of 2)", BITTEN], [DIED, ATTRIBUTES, TOMB]),
+    ([ATTRIBUTES, "You see a newt.", BITTEN], [DIED, f"{ATTRIBUTES} (end)", TOMB]),
+    ([f"{WEAPONS} (1 of 2)", BITTEN], [DIED, ATTRIBUTES, TOMB]),
+]
+
+
+@pytest.mark.parametrize("played, shown", ENDINGS)
+def test_play_ends_where_nle_takes_over(played, shown):
+    texts = ["a newt", *played, *shown]
+    actions = np.array([0] + [pomdp.SPACE_ACTION] * (len(texts) - 1), np.uint8)
+    chars = np.full((len(texts), 24, 80), ord(" "), np.uint8)
+    for screen, text in zip(chars, texts):
+        screen[0, : len(text)] = list(text.encode())
+    colors, cursor, scores = np.zeros_like(chars), np.zeros((len(texts), 2)), np.zeros(len(texts))
+    frames = pomdp.Frames(chars, colors, cursor, actions, scores)
+    assert pomdp.find_end_of_play(frames) == 1 + len(played)
+
+
 # -- batches, of games made for the tests ------------------------------------------------------------------------------
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 130, 300)
 UNKNOWN = 7  # every so many frames a key that is no action
@@ -348,6 +386,16 @@ def test_batches(marked, rows, seq_len, game_frames, returns, gamma, clip_range)
             assert (times == content["known"] * (np.arange(len(times)) < limit)).all()
         orders.append(order)
     assert (orders[0] == orders[1]) == returns  # a new order each pass; held-out games in their own
+
+
+def test_the_order_of_games_follows_the_seed(marked):
+    """Of all fourteen, so that no two orders agree by chance."""
+    orders = []
+    for seed in (1, 1, 2):
+        plan = loader_of(Games([marked[0]]), 1, max(LENGTHS), train_seed=seed).plan
+        orders.append([int(plan.locate(step)[0][0]) for step in range(2 * len(LENGTHS))])
+    assert sorted(orders[0][: len(LENGTHS)]) == list(range(len(LENGTHS)))
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_batches_have_their_types(marked):

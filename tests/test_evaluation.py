@@ -233,6 +233,7 @@ def test_seeds_are_distinct_and_within_nle_s_range():
     seeds = [game_seeds(eval_seed, number) for eval_seed in (0, 1, 50) for number in range(300)]
     for each in zip(*seeds):
         assert len({*each}) == len(each) and 0 <= min(each) and max(each) < 2**31
+    assert all(core != disp for core, disp in seeds)
 
 
 # --- what is made of the results
@@ -362,6 +363,21 @@ def test_recordings_of_games_are_kept_by_their_score(tmp_path, kept):
         frames = pomdp.read_ttyrec(str(path))
         assert frames.scores[pomdp.find_first_frame(frames) :].max() == scores[number]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "the others are gone"
+
+
+def test_what_is_written_and_printed_of_known_games(tmp_path, capsys, monkeypatch):
+    """Of games whose scores, depths and turns are all different, and none of them only 0."""
+    monkeypatch.setattr(pomdp, "vec_evaluate", lambda *_: RESULTS)
+    row, _ = pomdp.evaluate_games(None, settings(character="ran-hum-neu"), CPU, tmp_path / "7")
+    score = 1040 / 4 / 8067.99
+    assert row["eval/normalized_score"] == pytest.approx(score)
+    assert f"D4RL score: {score:.6f}\n" in capsys.readouterr().out
+    written = {
+        name: np.load(tmp_path / f"7_ran-hum-neu_{name}.npy").tolist()
+        for name in ("returns", "depths", "normalized_scores")
+    }
+    assert written["returns"] == [100.0, 40.0, 0.0, 900.0] and written["depths"] == [1, 3, 2, 4]
+    assert written["normalized_scores"] == [points / 8067.99 for points in written["returns"]]
 
 
 # --- held-out games

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -99,7 +100,7 @@ def test_the_packed_step_follows_the_weights_and_is_the_same_without_onednn_and_
 def benchmark(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
 
 
 KATAKOMBA = {  # what the benchmark takes out of a checkout, with the signatures that it has there

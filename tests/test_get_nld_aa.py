@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -87,7 +88,7 @@ def get(server, *arguments):
         "NLD_PAUSE": "0",
     }
     command = ["bash", str(ROOT / "scripts" / "get_nld_aa.sh"), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     return done.returncode, done.stdout, (done.stderr.splitlines() or [""])[-1]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -226,7 +227,7 @@ def open_page(page, address, folder):
     """The page's elements after it has been opened at an address."""
     with_hash = page.as_uri() + address
     line = [BROWSER, *QUIET, f"--user-data-dir={folder}", "--dump-dom", with_hash]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

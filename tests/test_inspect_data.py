@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -96,7 +97,7 @@ def test_what_is_left_out_is_named(look, folder, stores_path):
         "--store_path",
         str(stores_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     monk, valkyrie = done.stdout.split("\n\n")
     assert done.returncode == 0 and monk.startswith(
         "mon-hum-neu: 1 games (0 held out), 432 frames, "

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import RunLogger, TrainConfig
@@ -125,7 +126,7 @@ def log_some_rows(folder, *arguments, **variables):
         (folder / name).mkdir(exist_ok=True)
     command = [sys.executable, "-c", PROGRAM, str(folder / "quick-v0" / "run"), *arguments]
     options = dict(
-        capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, check=False
+        capture_output=True, text=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL, check=False
     )
     result = subprocess.run(command, cwd=folder / "cwd", env=environment, **options)
     assert files_below(folder / "cwd") == [], "a run writes into its own folder only"
@@ -137,7 +138,7 @@ def read_back(data):
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(data)]
     environment = {**os.environ, "HOME": str(data)}
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=True, env=environment
+        command, capture_output=True, text=True, timeout=LIMIT_S, check=True, env=environment
     )
     records = [json.loads(line) for line in result.stdout.splitlines()]
     return [record["history"]["item"] for record in records if record["type"] == "history"], records
@@ -222,7 +223,7 @@ def run_on_a_terminal(command, **options):
             while part := os.read(mine, 65536):
                 shown += part
         os.close(mine)
-        assert process.wait(timeout=60) == 0, shown.decode()
+        assert process.wait(timeout=LIMIT_S) == 0, shown.decode()
         file.seek(0)
         return file.read().decode(), shown.decode()
 
@@ -258,7 +259,7 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
     assert re.search(r"100%\|[^|]+\| 2/2 ", shown), shown
     assert "TRAIN_METRICS" not in shown and re.search("^TRAIN_METRICS step=2 ", out, re.MULTILINE)
     options = dict(
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     result = subprocess.run([*command, "--update_steps", "4", "--resume", "true"], **options)
     assert result.returncode == 0, result.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -104,7 +105,7 @@ def start(folder, stores_path, stores):
 def finish(processes):
     """-> [exit status], [standard output], [standard error]."""
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
         return [process.returncode for process in processes], *map(list, zip(*outputs))
     finally:
         for process in processes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 from nle import dataset, nethack
 
 import custom_nethack_pomdp as pomdp
@@ -38,7 +39,7 @@ def record(out, *more):
         str(out),
     ]
     done = subprocess.run(
-        [*command, "--seed", str(SEED), *more], capture_output=True, text=True, timeout=120
+        [*command, "--seed", str(SEED), *more], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -267,7 +268,7 @@ def test_rows_and_folders_in_one_report(run_folder, tmp_path):
         "out",
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True
+        command, capture_output=True, text=True, timeout=LIMIT_S, cwd=tmp_path, check=True
     )
     assert all(f"| {arm} |" in done.stdout for arm in ("ours", "bc", "custom")) and not done.stderr
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -4,6 +4,8 @@
 """
 
 import csv
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,12 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import main
@@ -117,7 +120,12 @@ def full(tmp_path_factory):
     for settings in (FULL, dict(evaluate=run / "best.pt", data_path=GAMES)):
         command = [sys.executable, str(SCRIPT), *arguments({**settings, **EVALUATION})]
         options = dict(
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
         )
         result = subprocess.run(command, **options)
         assert result.returncode == 0 and not result.stderr, result.stderr
@@ -182,6 +190,7 @@ def test_a_run_s_config_is_resolved_and_usable(full):
         described["versions"]["torch"] == torch.__version__ and described["hardware"]["cores"] >= 1
     )
     assert described["command"][1:] == arguments({**FULL, **EVALUATION})
+    assert described["script_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 
 
 def test_a_checkpoint_s_score_is_that_of_its_run(full):
@@ -359,6 +368,19 @@ def test_the_recipe_of_a_small_agent_runs(stores_path, monkeypatch, tmp_path, ca
     assert main(arguments(again)) == 0, "it brings its own sizes"
 
 
+def test_the_best_weights_are_those_of_the_lowest_loss_per_action(toy):
+    """The loss as it is weighted is lowest at the end."""
+    text = TOY.replace('"loss": (', '"loss": matrix, "loss_per_action": (')
+    Path("toy.py").write_text(text, encoding="utf-8")
+    assert toy(**TOY_SETTINGS)[0] == 0
+    rows = [row for row in rows_of(run_of()) if "heldout/loss" in row]
+    best, last = (
+        min(rows, key=lambda row: row[f"heldout/{name}"])["step"]
+        for name in ("loss_per_action", "loss")
+    )
+    assert best < last and load(run_of() / "best.pt")["step"] == best
+
+
 def test_a_head_that_does_not_fit_the_batch_is_one_line(small):
     """The usual mistake in a new one; without the check its loss would be broadcast."""
     Path("idea.py").write_text(
@@ -419,6 +441,17 @@ def test_transitions_per_second(small, monkeypatch):
     ] * 3
 
 
+def test_transitions_per_second_after_a_resume(small, monkeypatch):
+    """The first row counts only the updates since. The clock goes on by a quarter of a second a look."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 4)
+    assert small(update_steps=2, log_every=3)[0] == 0
+    status, out, _ = small(update_steps=6, log_every=3, resume=True)
+    assert status == 0 and "at step 2" in out
+    rates = [line["transitions_per_s"] for line in lines_of(out, "TRAIN_METRICS")]
+    assert rates == pytest.approx([4 * 8 / 0.75] * 2, rel=1e-4)
+
+
 CHANGES = [("algorithm", "{burn_in: 0}"), ("algorithm", "{beta: 0.5}"), ("precision", "bf16")]
 CHANGES += dict(
     train_seed=1, gamma=0.5, rnn_dropout=0.5, use_prev_action=False, clip_range=0.01, game_frames=20
@@ -433,6 +466,45 @@ def test_settings_of_training_reach_training(small):
         assert small(**settings, **{name: value}, name=str(number))[0] == 0
         (other,) = run_of().parent.glob(f"{number}-*")
         assert rows_of(other)[1]["loss"] != rows_of(run_of())[1]["loss"], (name, value)
+
+
+def trainer_of(stores_path, **settings):
+    """On all recorded games, as `train` makes it."""
+    config = dict(character=",".join(CHARACTERS), data_path=str(GAMES), store_path=str(stores_path))
+    config.update(rnn_hidden_dim=16, batch_size=4, seq_len=8, device="cpu", **settings)
+    return pomdp.Trainer(None, pomdp.TrainConfig(**config))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_seed_decides_initial_weights_and_the_order_of_games(stores_path, stores):
+    """Each by itself: either alone would make two runs differ."""
+    weights, orders = [], []
+    for seed in (1, 1, 2):
+        trainer = trainer_of(stores_path, train_seed=seed)
+        weights.append(torch.nn.utils.parameters_to_vector(trainer.model.parameters()))
+        plan = trainer.loader.plan
+        orders.append([plan.locate(step)[0].tolist() for step in range(plan.steps)])
+    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_drawn_in_an_update_depends_on_the_process_and_on_the_step(
+    stores_path, stores, monkeypatch
+):
+    """On the same batch with the same weights, at a rate of 0 in effect."""
+    trainer = trainer_of(stores_path, rnn_dropout=0.5, warmup_transitions=10**12)
+    batch = trainer.loader.batch_at(0)
+    square = trainer.model.advantage_square.clone()
+
+    def loss(rank, step):
+        monkeypatch.setattr(pomdp, "RANK", rank)
+        trainer.step, trainer.rnn_states = step, {}
+        trainer.model.advantage_square = square
+        return float(trainer.update(iter([batch]))["loss_per_action"])
+
+    losses = [loss(*place) for place in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    assert len(set(losses)) == 4 and loss(1, 0) == pytest.approx(losses[1], abs=1e-5)
 
 
 # --- going on
@@ -539,6 +611,42 @@ def test_evaluations_can_be_stopped_and_repeated_and_change_nothing(small, playi
     assert one and not differences(one, other)
 
 
+MARKING = """
+import custom_nethack_pomdp as ours
+Model = ours.Model
+class OfflineAlgorithm(ours.OfflineAlgorithm):
+    def _metrics(self, *args):
+        return {"mark": ours.torch.ones(())}
+"""
+
+
+def test_a_checkpoint_is_scored_with_what_the_command_line_says(small):
+    """Characters, seed, precision and algorithm of this command; and no weights are written."""
+    assert small(update_steps=1, eval_every=1)[0] == 0
+    (row,) = [row for row in rows_of(run_of()) if "heldout/loss" in row]
+    Path("idea.py").write_text(MARKING, encoding="utf-8")
+    scored = dict(evaluate=run_of() / "last.pt", eval_episodes=3, eval_max_steps=5)
+    assert small(**scored, checkpoints_path="own")[0] == 0
+    given = dict(character=f"{VALKYRIE},{RANGER}", submission="idea.py", eval_seed=51)
+    assert small(**scored, **given, checkpoints_path="given")[0] == 0
+    assert small(**scored, precision="bf16", checkpoints_path="bf16")[0] == 0
+    folders = [Path(place, "last-evaluation") for place in ("own", "given", "bf16")]
+    (own,), (other,), (half,) = map(rows_of, folders)
+    assert own["heldout/loss"] == row["heldout/loss"] and "heldout/mark" not in own
+    assert other["heldout/mark"] == 1
+    assert half["heldout/loss"] == pytest.approx(own["heldout/loss"], rel=1e-2)
+    assert half["heldout/loss"] != own["heldout/loss"], "the held-out loss is not in bf16"
+    played = {path.name: path for path in folders[1].glob("*_games.csv")}
+    assert set(played) == {f"1_{character}_games.csv" for character in (VALKYRIE, RANGER)}
+    for path in played.values():
+        with open(path, encoding="utf-8", newline="") as file:
+            seeds = [
+                (int(game["core_seed"]), int(game["disp_seed"])) for game in csv.DictReader(file)
+            ]
+        assert seeds == [pomdp.game_seeds(51, number) for number in range(3)]
+    assert not [path for folder in folders for path in folder.glob("*.pt")]
+
+
 def test_resume_takes_the_newest_run_and_a_finished_one_is_left(small):
     status, out, _ = small(resume=True, update_steps=2)
     assert status == 0 and "resuming" not in out
@@ -578,6 +686,48 @@ def test_resume_refuses_other_settings_and_other_games_and_changes_nothing(small
     assert files_of(run_of()) == before
 
 
+MUST_AGREE = dict(
+    character=MONK,
+    game_frames=100,
+    heldout_share=0.3,
+    submission=str(SCRIPT),
+    algorithm={"lam": 0.9},
+    rnn_hidden_dim=8,
+    rnn_layers=1,
+    use_prev_action=False,
+    rnn_dropout=0.5,
+    clip_range=5.0,
+    tau=0.1,
+    gamma=0.9,
+    batch_size=2,
+    seq_len=4,
+    learning_rate=1e-4,
+    lr_schedule="cosine",
+    warmup_transitions=100,
+    weight_decay=0.1,
+    clip_grad_norm=1.0,
+    precision="bf16",
+    train_seed=1,
+)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_resume_refuses_every_setting_that_shapes_training(stores_path, stores, monkeypatch):
+    """The seed and the characters too, though they are in the folder's name, and it may be moved."""
+    trainer = trainer_of(stores_path)
+    content, config = trainer.state_dict(), trainer.config
+    for name, value in MUST_AGREE.items():
+        trainer.config = replace(config, **{name: value})
+        with pytest.raises(pomdp.UserError, match=f"cannot resume: {name} was"):
+            trainer.load_state_dict(content)
+    trainer.config = config
+    with monkeypatch.context() as patch:
+        patch.setattr(pomdp, "WORLD", 2)
+        with pytest.raises(pomdp.UserError, match="cannot resume: processes was 1 and is 2"):
+            trainer.load_state_dict(content)
+    trainer.load_state_dict(content)
+
+
 def test_resume_may_change_what_does_not_change_training(small):
     assert small(update_steps=4)[0] == 0
     assert small(update_steps=2, name="moved")[0] == 0
@@ -598,6 +748,28 @@ def test_resume_may_change_what_does_not_change_training(small):
         name in ("rows", "last.pt/progress/best") or name.startswith("last.prev.pt")
         for name in differences(*ends)
     )
+
+
+def test_files_are_on_the_disk_before_they_get_their_names(small, monkeypatch):
+    """Or a crash of the machine could leave a name whose content was never written."""
+    fsync, rename, synced, renamed = os.fsync, os.replace, {}, {}
+
+    def noting(descriptor):
+        fsync(descriptor)
+        stat = os.fstat(descriptor)
+        synced[stat.st_ino] = stat.st_size
+
+    def checking(source, target):
+        # of a store its index has checksums: a damaged one is built anew
+        path = Path(source, "frames.bin") if Path(source).is_dir() else Path(source)
+        renamed[Path(target).name] = synced.get(path.stat().st_ino) == path.stat().st_size
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", checking)
+    assert small(update_steps=2, store_path="stores", eval_episodes=1, eval_max_steps=2)[0] == 0
+    assert {MONK, "config.json", "last.pt", "best.pt", f"2_{MONK}_games.csv"} <= set(renamed)
+    assert [name for name, whole in renamed.items() if not whole] == []
 
 
 # --- damaged checkpoints

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import RECORDED, ROOT
+from conftest import LIMIT_S, RECORDED, ROOT
 
 import custom_nethack_pomdp as pomdp
 
@@ -202,7 +202,7 @@ def test_the_command_trains_all_three_alike_and_repeatably(
         ROOT / "scripts" / "standin_study.py",
         *arguments(stores_path, "--out", out),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (
         study.main(arguments(stores_path, "--out", out, "--submissions", "ours", "--steps", "8"))

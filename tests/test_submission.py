@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -401,7 +402,7 @@ def test_the_whole_file_must_import_by_path(tmp_path):
 # --- The command
 def command(*arguments):
     line = [sys.executable, str(ROOT / "scripts" / "check_submission.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def test_the_command_passes_and_exports(tmp_path):

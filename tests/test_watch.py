@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
 
@@ -61,7 +62,7 @@ def recorded():
 def command(*arguments):
     line = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(
-        line, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=120, input=""
+        line, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=LIMIT_S, input=""
     )
 
 
@@ -246,8 +247,8 @@ class Session:
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
             os.execv(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)])
 
-    def until(self, pattern, seconds=20):
-        end = time.monotonic() + seconds
+    def until(self, pattern):
+        end = time.monotonic() + LIMIT_S
         while not re.search(pattern, self.text) and time.monotonic() < end:
             if select.select([self.file], [], [], 0.1)[0]:
                 try:
