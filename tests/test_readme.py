@@ -23,7 +23,7 @@ import report
 import standin_study
 
 RESULTS = ROOT / "scripts" / "results"
-NAMES = ("README.md", "scripts/results/README.md", "scripts/agents/README.md")
+NAMES = ("README.md", "scripts/README.md", "scripts/results/README.md", "scripts/agents/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 WITHOUT_CODE = {
     name: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for name, text in TEXTS.items()
@@ -168,7 +168,7 @@ def test_files_and_names_exist(name):
     ]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     spans = " ".join(re.findall(r"`([^`\n]+)`", WITHOUT_CODE[name]))
-    for path in re.findall(r"(?:scripts|tests|\.ci)/[\w./]*\w", spans):
+    for path in re.findall(r"(?:scripts|tests|\.ci)/[\w./-]*\w", spans):
         assert (ROOT / path).exists(), path
     for word in re.findall(r"(?<![\w/])[a-z]+(?:_[a-z0-9]+)+(?![\w.]|/)", spans):
         made = word.split("_")[0] + "_{"  # an f-string's: reward_{statistic}
