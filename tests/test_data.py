@@ -194,7 +194,7 @@ def test_stores_hold_what_nle_s_readers_read(recorded_games, stores, dataset, ch
     ) and f"{len(sources)} games" in str(store)
 
 
-# -- where the player's frames end -------------------------------------------------------------------------------------
+# -- where the player's frames end ------------------------------------------------------------------
 TOMB, ATTRIBUTES, WEAPONS = "/ killed by a newt", "Agent the Candidate's attributes:", "Weapons"
 MORE, BITTEN, DIED = "--More--", "The newt bites!--More--", "You die...--More--"
 DEATHS = [

@@ -442,7 +442,7 @@ def test_transitions_per_second(small, monkeypatch):
 
 
 def test_transitions_per_second_after_a_resume(small, monkeypatch):
-    """The first row counts only the updates since. The clock goes on by a quarter of a second a look."""
+    """The first row counts the updates since. The clock goes on by a quarter of a second a look."""
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 4)
     assert small(update_steps=2, log_every=3)[0] == 0
@@ -713,7 +713,7 @@ MUST_AGREE = dict(
 
 @pytest.mark.usefixtures("one_thread")
 def test_resume_refuses_every_setting_that_shapes_training(stores_path, stores, monkeypatch):
-    """The seed and the characters too, though they are in the folder's name, and it may be moved."""
+    """Seed and characters too: they are in the folder's name, but a folder may be renamed."""
     trainer = trainer_of(stores_path)
     content, config = trainer.state_dict(), trainer.config
     for name, value in MUST_AGREE.items():

@@ -241,6 +241,8 @@ class Session:
         self.text = ""
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            # which a shell's background jobs ignore, and so do those that they start
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update({**QUIET, "TMPDIR": str(folder)})
             for name in ("COLUMNS", "LINES"):  # the terminal's own size counts
                 os.environ.pop(name, None)
