@@ -543,6 +543,13 @@ def lock_file(file: Any, operation: int) -> None:
         warn_once(f"no locks here ({error.strerror}): let no two runs write to one folder at once")
 
 
+def write_error(error: Exception) -> None:
+    """A mistake in one line; in none where another process writes it."""
+    text = " ".join(str(error).split())[:2000]
+    if text:
+        write_line(f"error: {text}", sys.stderr)
+
+
 def run_command(command: Callable[[], Any], if_stopped: str = "stopped by a signal") -> int:
     """What every script ends in -> its exit status: the command's own (None is 0), 2 after a
     mistake, which gets one line, or 128 + number after a signal, as the shell reports it."""
@@ -556,9 +563,7 @@ def run_command(command: Callable[[], Any], if_stopped: str = "stopped by a sign
         give_up(sys.stdout)
         return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
-        text = " ".join(str(error).split())[:2000]
-        if text:  # another process has said it otherwise
-            write_line(f"error: {text}", sys.stderr)
+        write_error(error)
         return 2
     except KeyboardInterrupt as stopped:  # Python's own, or Stopped with its number
         say(if_stopped)
@@ -646,8 +651,8 @@ class RunLogger:
         with suppress(OSError):  # a row that found no room was reported
             self.file.close()
         if self.run is not None:
-            with only_watching("wandb"):
-                self.run.finish()
+            with only_watching("wandb"):  # older ones have no teardown; it also ends a broken one
+                getattr(sys.modules["wandb"], "teardown", self.run.finish)()
 
 
 # ==================================================================================================
@@ -2839,10 +2844,10 @@ class Trainer:
         for name, value in self.run_settings().items():
             was = saved.get(name)
             if name not in MAY_DIFFER and was != value:
-                if name == "games":  # those that the other lacks
-                    here = set(value)
-                    value = sorted(here.difference(was))
-                    was = sorted(set(was) - here)
+                if name == "games":
+                    gone = sorted(set(was) - set(value))
+                    new = sorted(set(value) - set(was))
+                    raise UserError(f"cannot resume: the data lost {gone} and gained {new}")
                 raise UserError(
                     f"cannot resume: {name} was {was} and is {value}; begin without --resume"
                 )
