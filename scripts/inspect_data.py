@@ -110,11 +110,15 @@ def inspect(args: argparse.Namespace) -> int:
         kinds = "neither an xlogfile (NLD-AA), nor data-<character>-any.hdf5, nor a store"
         raise pomdp.UserError(f"no games in {root}: {kinds}")
     told = []
-    for name in characters:
+
+    def tell(name: str) -> None:
         try:
             told.append(describe(pomdp.open_or_build_store(str(root), args.store_path, name)))
         except pomdp.UserError as error:  # the others can be told of all the same
             pomdp.write_error(error)
+
+    for name in characters:
+        tell(name)
     if told:
         print(json.dumps(told, indent=1) if args.json else "\n\n".join(map(table, told)))
     return 0 if len(told) == len(characters) else 2
