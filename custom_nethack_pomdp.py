@@ -893,7 +893,7 @@ def read_ttyrec(path: str) -> Frames:
     if len(re.findall(rb"BZh\d1AY&SY", Path(path).read_bytes())) > 1:
         raise GameError("NLE reads the first of its bz2 streams alone: bunzip2 and bzip2 it anew")
     decoder = ttyrec_converter.Converter(ROWS, COLS, 3)
-    decoder.load_ttyrec(path, gameid=1, part=0)
+    decoder.load_ttyrec(os.fsencode(path), gameid=1, part=0)
     size = 1024
     remaining = 0
     pieces = []

@@ -177,7 +177,7 @@ def test_a_recording_that_breaks_off_is_shown_so_far(tmp_path, recorded):
         r"step \d{2,}, .*breaks off", done.stdout.splitlines()[-1]
     )
     done = command("--game", rubbish)
-    assert done.returncode == 2 and "holds no frame" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "cannot be read" in done.stderr and done.stderr.count("\n") == 1
 
 
 # --- what is drawn
