@@ -112,7 +112,18 @@ def test_values_are_read_as_their_type(tmp_path, name, text, value):
         assert read == value and type(read) is type(value), argv
 
 
-AS_GIVEN = ["/mnt/exp #3/runs", "/a: b", "2024-01-05", "1_000", "007", "1:30", "no", "it's", "[a", "x" * 200 + " #y"]
+AS_GIVEN = [
+    "/mnt/exp #3/runs",
+    "/a: b",
+    "2024-01-05",
+    "1_000",
+    "007",
+    "1:30",
+    "no",
+    "it's",
+    "[a",
+    "x" * 200 + " #y",
+]
 
 
 @pytest.mark.parametrize("text", [*AS_GIVEN, os.fsdecode(b"/d\xff"), "a\nb", " ", "\U0001f600"])
@@ -128,7 +139,10 @@ def test_text_is_taken_as_it_was_given(tmp_path, text, monkeypatch):
 
 
 def test_numbers_of_the_algorithm_are_read_as_elsewhere():
-    assert parse_config(["--algorithm", "{beta: 1e-1, burn_in: 8.0}"]).algorithm == {"beta": 0.1, "burn_in": 8}
+    assert parse_config(["--algorithm", "{beta: 1e-1, burn_in: 8.0}"]).algorithm == {
+        "beta": 0.1,
+        "burn_in": 8,
+    }
     assert type(parse_config(["--algorithm", "{burn_in: 8.0}"]).algorithm["burn_in"]) is int
 
 

@@ -612,7 +612,13 @@ def test_names_of_games(small, tmp_path):
         assert [game.name for game in found] == ["nle.0.0.ttyrec3.bz2", "own/nle.0.0.ttyrec3.bz2"]
 
 
-HELD_OUT = ["mon-hum-neu-1-6", "val-hum-neu-1-1", "val-hum-neu-1-5", "ran-hum-neu-1-2", "ran-hum-neu-1-6"]
+HELD_OUT = [
+    "mon-hum-neu-1-6",
+    "val-hum-neu-1-1",
+    "val-hum-neu-1-5",
+    "ran-hum-neu-1-2",
+    "ran-hum-neu-1-6",
+]
 
 
 def test_the_shipped_agent_keeps_its_held_out_games(recorded_games):
@@ -641,7 +647,10 @@ def test_links_to_folders_are_followed_once(small, tmp_path):
         if place != root:
             place.symlink_to(root)
         found, problems = pomdp.find_nld_games(place, character)
-        assert [game.name for game in found] == ["link/nle.0.0.ttyrec3.bz2", "own/nle.0.0.ttyrec3.bz2"]
+        assert [game.name for game in found] == [
+            "link/nle.0.0.ttyrec3.bz2",
+            "own/nle.0.0.ttyrec3.bz2",
+        ]
         assert problems == []
 
 
@@ -825,7 +834,9 @@ def test_several_bz2_streams_are_named_as_the_reason(small, tmp_path):
     """NLE reads the first of them alone, and the game would seem to break off."""
     character, (source, other) = small
     plain = bz2.decompress(Path(source.path).read_bytes())
-    add_game(tmp_path / "games", "a", source, bz2.compress(plain[:9000]) + bz2.compress(plain[9000:]))
+    add_game(
+        tmp_path / "games", "a", source, bz2.compress(plain[:9000]) + bz2.compress(plain[9000:])
+    )
     add_game(tmp_path / "games", "b", other)
     (reason,) = store_of(tmp_path / "games", tmp_path, character).index["skipped"].tolist()
     assert "bz2 streams" in reason and "/a/" in reason
@@ -915,7 +926,8 @@ def test_games_are_the_same_by_what_they_hold(small, tmp_path, monkeypatch):
     add_game(tmp_path / "c", "x", source, bz2.compress(plain))
     add_game(tmp_path / "d", "y", source)
     first, same, *others = (
-        store_of(tmp_path / name, tmp_path, character).index["identities"].tolist() for name in "abcd"
+        store_of(tmp_path / name, tmp_path, character).index["identities"].tolist()
+        for name in "abcd"
     )
     assert first == same and first not in others
     monkeypatch.setattr(pomdp, "ZSTD_LEVEL", 1)
@@ -932,7 +944,14 @@ def test_a_file_system_without_locks_costs_a_warning(small, tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", flock)
     pomdp.warn_once.cache_clear()
     for place in ("one", "two"):
-        assert len(open_or_build_store(str(tmp_path / "games"), str(tmp_path / place), character).frames) == 1
+        assert (
+            len(
+                open_or_build_store(
+                    str(tmp_path / "games"), str(tmp_path / place), character
+                ).frames
+            )
+            == 1
+        )
     assert capsys.readouterr().err.count("warning: no locks here") == 1
 
 
