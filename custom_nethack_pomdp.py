@@ -64,7 +64,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from unittest.mock import patch
 
 import nle
@@ -78,6 +78,7 @@ from nle import nethack
 from nle.dataset.dataset import converter as ttyrec_converter
 from nle.env.base import NLE
 from nle.env.tasks import NetHackScore
+from pyrallis import cfgparsing
 from pyrallis.argparsing import ArgumentParser
 from torch import Tensor
 from torch.distributions import Categorical
@@ -213,7 +214,7 @@ class TrainConfig:
     checkpoints_path: Optional[str] = None  # runs go to <this>/<group>/<name>; None: to runs
     checkpoint_every: int = 2_000  # updates between checkpoints; each evaluation has its own
     keep_checkpoints: bool = False  # also keep the weights of every evaluation as <step>.pt
-    resume: bool = False  # go on with the newest run of this group and name
+    resume: Union[bool, str] = False  # true: go on with the newest run of this name; or its folder
 
     eval_every: int = 10_000  # updates between evaluations; after the last one there always is one
     eval_episodes: int = 50  # games a character; 0 plays none
@@ -345,11 +346,12 @@ def strict(kind: Any, value: Any) -> Any:
     Left alone pyrallis takes 2.7 for an int as 2, 'maybe' for a bool as True and null for text as
     'None'.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool and str(value).lower() in BOOLEANS:
         return BOOLEANS[str(value).lower()]
-    if kind is str and (is_number or isinstance(value, str)):
-        return str(value)
+    if kind is str and not isinstance(value, str):  # 1_000, 1:30 and 007 are numbers to YAML
+        raise ValueError(f"{value!r} is not text to YAML; put it in quotes")
+    if kind is str:
+        return value
     if kind in (int, float) and not isinstance(value, bool) and math.isfinite(float(value)):
         if isinstance(value, kind):  # a large int stays exact
             return value
@@ -358,15 +360,34 @@ def strict(kind: Any, value: Any) -> Any:
     raise ValueError(f"{value!r} is not a valid {kind.__name__}")
 
 
+def kindly(value: Any) -> Any:
+    """A value inside `algorithm`: a number wherever it can be read as one, 1e-3 and 8.0 too."""
+    for kind in (int, float):
+        with suppress(ValueError, TypeError):
+            return strict(kind, value)
+    return value
+
+
 for _kind in (bool, str, int, float):
     pyrallis.decode.register(_kind, partial(strict, _kind))
+pyrallis.decode.register(Any, kindly)
 
 
 class SettingsParser(ArgumentParser):
-    """pyrallis' parser, which raises where argparse would print its whole usage and exit."""
+    """pyrallis' parser, which raises where argparse would print its whole usage and exit, and takes
+    a text as it was given, "null" apart: in YAML ' #' begins a comment, and 2024-01-05 is a date.
+    """
 
     def error(self, message: str) -> Any:
         raise UserError(message)
+
+    def _postprocessing(self, parsed_args: Any) -> Any:
+        defaults = vars(TrainConfig())
+        for name, text in vars(parsed_args).items():
+            may_be_text = type(defaults.get(name)) in (str, bool, type(None))
+            if may_be_text and text != "null":
+                setattr(parsed_args, name, cfgparsing.save_config(text))
+        return super()._postprocessing(parsed_args)
 
 
 def explain(error: Exception) -> str:
@@ -413,6 +434,11 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 # ==================================================================================================
 # FIXED: utilities and logging
 # ==================================================================================================
+def expand(path: str) -> Path:
+    """With ~ as the user's home; where there is none it stays as it is (Path.expanduser raises)."""
+    return Path(os.path.expanduser(path))
+
+
 def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator: a submission may use it
@@ -487,16 +513,74 @@ def to_bytes(save: Callable[[Any], None]) -> bytes:
     return file.getvalue()
 
 
-def say(text: str, file: Any = None) -> None:
-    """One line on standard output, above a progress bar if there is one. Of several processes only
-    the first speaks."""
+def write_line(text: str, file: Any) -> None:
+    """One line, above a progress bar if there is one. A console that is gone is given up, not the
+    run."""
+    try:
+        tqdm.write(text, file=file)
+        file.flush()
+    except OSError as error:
+        give_up(file)
+        if file is sys.stdout:
+            warn(f"standard output cannot be written ({error.strerror}); this goes on without it")
+
+
+def give_up(file: Any) -> None:
+    """What is written to the file from here on, and what it still holds, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def say(text: str) -> None:
+    """One line on standard output. Of several processes only the first speaks."""
     if RANK == 0:
-        tqdm.write(text, file=file or sys.stdout)
-        sys.stdout.flush()
+        write_line(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    say(f"warning: {text}", sys.stderr)
+    """One line on standard error, of the first process on each machine."""
+    if LOCAL_RANK == 0:
+        write_line(f"warning: {text}", sys.stderr)
+
+
+warn_once = lru_cache(maxsize=None)(warn)
+
+
+def lock_file(file: Any, operation: int) -> None:
+    """flock, until the file is closed, however its holder ends. Where the file system has no locks
+    it must do without."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:  # another has it
+        raise
+    except OSError as error:
+        warn_once(f"no locks here ({error.strerror}): let no two runs write to one folder at once")
+
+
+def write_error(error: Exception) -> None:
+    """A mistake in one line; in none where another process writes it."""
+    text = " ".join(str(error).split())[:2000]
+    if text:
+        write_line(f"error: {text}", sys.stderr)
+
+
+def run_command(command: Callable[[], Any], if_stopped: str = "stopped by a signal") -> int:
+    """What every script ends in -> its exit status: the command's own (None is 0), 2 after a
+    mistake, which gets one line, or 128 + number after a signal, as the shell reports it."""
+    # For names of files that are no text.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:  # whoever reads has seen enough
+        give_up(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except (UserError, OSError) as error:
+        write_error(error)
+        return 2
+    except KeyboardInterrupt as stopped:  # Python's own, or Stopped with its number
+        say(if_stopped)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
 
 
 def say_metrics(tag: str, metrics: Metrics) -> None:
@@ -508,8 +592,17 @@ def say_metrics(tag: str, metrics: Metrics) -> None:
 
 
 def progress(**options: Any) -> Any:
-    """A progress bar on a terminal; of several processes the first alone shows one."""
-    return tqdm(disable=True if RANK else None, dynamic_ncols=True, **options)
+    """A progress bar on a terminal; of a machine's processes the first alone shows one."""
+    return tqdm(disable=True if LOCAL_RANK else None, dynamic_ncols=True, **options)
+
+
+@contextmanager
+def only_watching(what: str) -> Iterator[None]:
+    """What fails inside costs a run one warning."""
+    try:
+        yield
+    except Exception as error:  # wandb has many types
+        warn_once(f"{what} failed ({error}); the run goes on")
 
 
 class RunLogger:
@@ -524,8 +617,6 @@ class RunLogger:
         mode: Any = os.environ.get("WANDB_MODE")
         if RANK > 0 or mode == "disabled":
             return
-        import wandb
-
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
         options: Any = dict(
             project=config.project,
@@ -536,21 +627,25 @@ class RunLogger:
             id=wandb_id,
             resume="allow",
         )
-        try:
-            if mode is None:
-                has_key = wandb.login(prompt=False, verify=False)
-                mode = "online" if has_key else "offline"
-            self.run = wandb.init(mode=mode, **options)
-        except Exception as error:  # of many types; a run must not die of them
-            reason = " ".join(str(error).split())
-            warn(f"wandb could not start ({reason}); the run is logged offline")
-            getattr(wandb, "teardown", lambda: None)()  # older ones have none
-            os.environ["WANDB_MODE"] = "offline"
-            self.run = wandb.init(mode="offline", **options)
-        # wandb drops rows whose step goes back
-        self.wandb_step = max(self.path.read_bytes().count(b"\n"), self.run.step)
-        # our own axis: a resumed run lies where it belongs
-        self.run.define_metric("*", step_metric="transitions")
+        with only_watching("wandb"):
+            import wandb
+
+            try:
+                if mode is None:
+                    has_key = wandb.login(prompt=False, verify=False)
+                    mode = "online" if has_key else "offline"
+                run = wandb.init(mode=mode, **options)
+            except Exception as error:  # of many types; a run must not die of them
+                reason = " ".join(str(error).split())
+                warn(f"wandb could not start ({reason}); the run is logged offline")
+                getattr(wandb, "teardown", lambda: None)()  # older ones have none
+                os.environ["WANDB_MODE"] = "offline"
+                run = wandb.init(mode="offline", **options)
+            # wandb drops rows whose step goes back
+            self.wandb_step = max(self.path.read_bytes().count(b"\n"), run.step)
+            # our own axis: a resumed run lies where it belongs
+            run.define_metric("*", step_metric="transitions")
+            self.run = run
 
     def log(self, kind: str, metrics: Metrics, games: Any = ()) -> None:
         """A row of this kind: "training" or "evaluation"; and the evaluation's games, which wandb
@@ -558,42 +653,44 @@ class RunLogger:
         # JSON knows no NaN
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         row = {"kind": kind, **finite}
-        try:
+        with only_watching(f"writing to {self.path}"):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        except OSError as error:
-            warn(f"a row could not be written to {self.path}: {error.strerror}")
         if self.run is not None:
-            import wandb
+            with only_watching("wandb"):
+                import wandb
 
-            for character, results in games:
-                table = wandb.Table(columns=list(GameResult._fields), data=results)
-                metrics = {**metrics, f"{character}/games": table}
-            self.run.log(metrics, step=self.wandb_step)
+                for character, results in games:
+                    table = wandb.Table(columns=list(GameResult._fields), data=results)
+                    metrics = {**metrics, f"{character}/games": table}
+                self.run.log(metrics, step=self.wandb_step)
             self.wandb_step += 1
 
     def close(self) -> None:
         with suppress(OSError):  # a row that found no room was reported
             self.file.close()
         if self.run is not None:
-            self.run.finish()
+            with only_watching("wandb"):  # older ones have no teardown; it also ends a broken one
+                getattr(sys.modules["wandb"], "teardown", self.run.finish)()
 
 
 # ==================================================================================================
 # FIXED: signals, and several processes, one a GPU, started by torchrun: each learns from its own
 # rows, the first writes
 # ==================================================================================================
-stop_signal = 0  # number of the last SIGTERM or Ctrl-C
+# Ctrl-C; a scheduler's end, and its warning before; a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+stop_signal = 0  # number of the last one
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C arrived; raised with its number at the next point where the run can be
+    """One of STOP_SIGNALS arrived; raised with its number at the next point where the run can be
     left."""
 
 
 @contextmanager
 def noting_signals() -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C are noted and nothing else; afterwards they act as before."""
+    """Inside, STOP_SIGNALS are noted and nothing else; afterwards they act as before."""
 
     def note(number: int, _frame: Any) -> None:
         global stop_signal
@@ -601,8 +698,10 @@ def noting_signals() -> Iterator[None]:
 
     note(0, None)
     before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         before[number] = signal.signal(number, note)
+    if before[signal.SIGHUP] == signal.SIG_IGN:  # started by nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
@@ -793,7 +892,7 @@ class GameSource(NamedTuple):
     name: str  # the same wherever the data lies; held-out games are chosen by it
     path: str
     key: str  # the group inside an HDF5 file, empty for a ttyrec
-    size: int
+    size: int  # this and the time only tell whether to look into the file again
     mtime_ns: int
     was_quit: bool = False  # by the keys that record_games.py and others press, QUIT_KEYS
 
@@ -811,8 +910,10 @@ class Frames(NamedTuple):
 
 def read_ttyrec(path: str) -> Frames:
     """All frames of a ttyrec3.bz2 file, through nle.dataset's converter."""
+    if len(re.findall(rb"BZh\d1AY&SY", Path(path).read_bytes())) > 1:
+        raise GameError("NLE reads the first of its bz2 streams alone: bunzip2 and bzip2 it anew")
     decoder = ttyrec_converter.Converter(ROWS, COLS, 3)
-    decoder.load_ttyrec(path, gameid=1, part=0)
+    decoder.load_ttyrec(os.fsencode(path), gameid=1, part=0)
     size = 1024
     remaining = 0
     pieces = []
@@ -829,6 +930,16 @@ def read_ttyrec(path: str) -> Frames:
         pieces.append([array[: size - remaining] for array in arrays])
     chars, colors, cursor, _, keys, scores = map(np.concatenate, zip(*pieces))
     return Frames(chars, colors, cursor.astype(np.uint8), KEY_TO_ACTION[keys], scores)
+
+
+def whole_numbers(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array as integers of this type. Raises GameError where a value would not stay the
+    same."""
+    with np.errstate(invalid="ignore"):  # NaN
+        numbers = array.astype(dtype)
+    if not np.array_equal(numbers, array):
+        raise GameError(f"its {name} are not whole numbers ({np.dtype(dtype)})")
+    return numbers
 
 
 def read_hdf5(path: str, key: str) -> Frames:
@@ -848,15 +959,15 @@ def read_hdf5(path: str, key: str) -> Frames:
     n = len(arrays["actions"])
     if any(arrays[name].shape != (n, *shape) for name, shape in shapes.items()):
         raise GameError("its arrays have not the shapes of Katakomba's")
-    actions = arrays["actions"]
+    actions = whole_numbers("actions", arrays["actions"], np.int64)
     is_action = (actions >= 0) & (actions < NUM_ACTIONS)
-    rewards = arrays["rewards"].astype(np.int64)
+    rewards = whole_numbers("rewards", arrays["rewards"], np.int64)
     return Frames(
-        arrays["tty_chars"].astype(np.uint8),
-        arrays["tty_colors"].astype(np.int8),
-        arrays["tty_cursor"].astype(np.uint8),
+        whole_numbers("tty_chars", arrays["tty_chars"], np.uint8),
+        whole_numbers("tty_colors", arrays["tty_colors"], np.int8),
+        whole_numbers("tty_cursor", arrays["tty_cursor"], np.uint8),
         np.where(is_action, actions, UNKNOWN_KEY).astype(np.uint8),
-        (np.cumsum(rewards) - rewards).astype(np.int32),
+        whole_numbers("scores", np.cumsum(rewards) - rewards, np.int32),
     )
 
 
@@ -969,10 +1080,14 @@ def encode_game(source: GameSource) -> EncodedGame:
         blocks.append(compressor.compress(record.tobytes()))
     rewards = np.append(np.diff(frames.scores), 0)  # NLE pays nothing for the step that ends a game
     reward_frames = np.flatnonzero(rewards)
+    checksum = 0  # of what it holds, however it is compressed
+    for plane in (*planes.values(), rewards):
+        checksum = zlib.crc32(plane.data, checksum)
     columns = dict(
         names=source.name,
         frames=n,
         is_cut=source.was_quit,
+        identities=f"{source.name}, {n} frames, checksum {checksum:08x}",
         block_sizes=[len(block) for block in blocks],
         block_checksums=[zlib.crc32(block) for block in blocks],  # quicker than zstandard's own
         reward_counts=len(reward_frames),
@@ -995,12 +1110,28 @@ def parse_xlogfile(path: Path) -> List[Dict[str, str]]:
     return games
 
 
+def find_xlogfiles(root: Path) -> List[Path]:
+    """Those at and below a folder. Links to folders are followed, but each folder counts once, and
+    what lies around `root` is not below it."""
+    found: List[Path] = []
+    seen = set(map(str, root.resolve().parents))
+    for folder, below, _ in os.walk(root, followlinks=True):
+        below.sort()
+        place = os.path.realpath(folder)
+        if place in seen:
+            below.clear()
+        else:
+            found += Path(folder).glob("*.xlogfile")
+        seen.add(place)
+    return found
+
+
 def find_nld_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]:
     """The character's games below an NLD-AA folder, those with a line in an xlogfile beside them;
     and lines without."""
-    games = set()
+    games: Dict[str, GameSource] = {}  # by their real place, which several links may lead to
     problems = []
-    for xlogfile in sorted(Path(root).rglob("*.xlogfile")):
+    for xlogfile in sorted(find_xlogfiles(Path(root))):
         if not os.access(xlogfile, os.R_OK):  # a link to nowhere, for one
             problems.append(f"{xlogfile} cannot be read")
             continue
@@ -1012,15 +1143,17 @@ def find_nld_games(root: Path, character: str) -> Tuple[List[GameSource], List[s
             path = xlogfile.parent / name
             is_plain = name == os.path.basename(name) and name.endswith(".ttyrec3.bz2")
             if is_plain and path.is_file():
-                label = f"{path.parent.resolve().name}/{name}"
+                # the root's own name is no part of the data
+                label = "/".join(path.relative_to(root).parts[-2:])
                 stat = path.stat()
                 was_quit = xlog.get("death", "").startswith("quit")
                 identity = (stat.st_size, stat.st_mtime_ns)
-                games.add(GameSource(label, str(path), "", *identity, was_quit))
+                game = GameSource(label, str(path), "", *identity, was_quit)
+                games.setdefault(os.path.realpath(path), game)
             else:
                 what = f"its line names no ttyrec3.bz2 file beside it ({name!r})"
                 problems.append(f"{xlogfile}: {what}")
-    return sorted(games), problems
+    return sorted(games.values()), problems
 
 
 def find_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]:
@@ -1042,17 +1175,16 @@ def find_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]
         raise UserError(
             f"no games of {character} in {root}. --data_path takes NLD-AA's folder, Katakomba's "
             f"data-{character}-any.hdf5, or games of your own (scripts/record_games.py); see the "
-            "README, section Data"
+            "README, section Data" + "; ".join(["", *problems[:1]])
         )
     return games, problems
 
 
-def store_fingerprint(games: List[GameSource]) -> str:
-    """Changes whenever a game was added, removed or rewritten, or the format of the store
-    changed."""
-    identities = [(game.name, game.key, game.size, game.mtime_ns) for game in games]
-    content = (STORE_FORMAT, BLOCK, ZSTD_LEVEL, identities)
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+def look_of(games: List[GameSource]) -> str:
+    """Changes whenever a game was added, removed or perhaps rewritten, or the format of the store
+    changed: then the games are read again."""
+    content = repr((STORE_FORMAT, BLOCK, ZSTD_LEVEL, games))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def build_store(store: Path, games: List[GameSource], problems: List[str], character: str) -> None:
@@ -1088,36 +1220,45 @@ def build_store(store: Path, games: List[GameSource], problems: List[str], chara
     arrays: Any = {}
     for name in parts[0]:
         arrays[name] = np.hstack([part[name] for part in parts])
-    arrays.update(fingerprint=store_fingerprint(games), character=character)
+    arrays.update(format=STORE_FORMAT, look=look_of(games), character=character)
     arrays.update(skipped=skipped, passed_over=problems)
     np.savez(temporary / "index.npz", **arrays)
     shutil.rmtree(store, ignore_errors=True)
     os.replace(temporary, store)
 
 
+HINTS = {  # words of an error that do not say what to do
+    "unable to lock file": "; if nobody writes to it, set HDF5_USE_FILE_LOCKING=FALSE",
+    "process pool was terminated": "; was it killed for want of memory? There is one process a "
+    "core: `taskset -c 0 python ...` starts one",
+}
+
+
 def open_or_build_store(data_path: Optional[str], store_path: str, character: str) -> "ChunkStore":
     """A store of the character's games: the given one, the one built before if they did not change,
     or a new one."""
     katakomba = os.environ.get("KATAKOMBA_DATA_DIR", "~/.katakomba/datasets")
-    data = Path(data_path or katakomba).expanduser()
+    data = expand(data_path or katakomba)
     for folder in (data, data / character):
         if (folder / "frames.bin").exists():
             return ChunkStore(folder, character)
-    digest = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:12]
-    folder = Path(store_path).expanduser() / digest / character
+    digest = hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:12]
+    folder = expand(store_path) / digest / character
     try:
         games, problems = find_games(data, character)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f".{character}.lock"), "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, however the holder ends
+            lock_file(lock, fcntl.LOCK_EX)
             with suppress(UserError):
                 store = ChunkStore(folder, character)
-                if str(store.index["fingerprint"]) == store_fingerprint(games):
+                if str(store.index["look"]) == look_of(games):
                     return store
             build_store(folder, games, problems, character)
     except (OSError, RuntimeError) as error:  # of h5py and of a process that crashed too
+        hints = [HINTS[words] for words in HINTS if words in str(error)]
         raise UserError(
             f"cannot read {data} or write its chunk store (--store_path {store_path}): {error}"
+            + "".join(hints)
         ) from None
     return ChunkStore(folder, character)
 
@@ -1132,6 +1273,8 @@ class ChunkStore:
         try:
             with np.load(self.folder / "index.npz") as arrays:  # a zip file, which keeps checksums
                 self.index = dict(arrays)
+            if self.index.get("format") != STORE_FORMAT:
+                raise ValueError("another version of this script built it")
             self.names = self.index["names"]
             self.frames = self.index["frames"]
             self.is_cut = self.index["is_cut"]  # then its last frame is the one after the cut
@@ -1195,7 +1338,7 @@ class ChunkStore:
 def choose_heldout(names: Sequence[str], share: float) -> np.ndarray:
     """bool [G]: which of a character's games are held out, by hash of their name; at least one of
     two or more."""
-    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
     hashes = np.array([int(digest[:8], 16) for digest in digests]) / 2**32
     heldout = hashes < share
     if share > 0:
@@ -2461,30 +2604,45 @@ def evaluate_games(
 # FIXED: the run's folder and checkpoints
 # ==================================================================================================
 CHECKPOINT_FORMAT = 2  # of all that playing needs
-RUN_FORMAT = 1  # of what going on needs beside it
+RUN_FORMAT = 2  # of what going on needs beside it
 
 
-def open_folder(first: Path, resume: bool) -> Tuple[Path, int]:
-    """`first`, or where it exists `first-2`, `first-3`, ...: a new one, or with `resume` the
-    newest. -> folder, and the descriptor of a lock on it."""
-    newest = folder = first
-    number = 1
+def find_checkpoints(folder: Path) -> List[Path]:
+    """last.prev.pt and last.pt, as far as they are there."""
+    return sorted(folder.glob("last.*pt"))
+
+
+def open_folder(first: Path, resume: Union[bool, str]) -> Tuple[Path, int]:
+    """`first`, or where it exists `first-2`, `first-3`, ...: a new one. With `resume` the newest
+    that holds a checkpoint, or if none does the newest; or the folder that it names. -> folder, and
+    the descriptor of a lock on it."""
+    folder = first
+    there = []
     while folder.exists():
-        newest = folder
-        number += 1
-        folder = first.with_name(f"{first.name}-{number}")
-    if resume:
-        folder = newest
+        there.append(folder)
+        folder = first.with_name(f"{first.name}-{len(there) + 1}")
+    if isinstance(resume, str):
+        there = [expand(resume)]
+    begun = [one for one in there if find_checkpoints(one)]
+    if resume and there:
+        folder = (begun or there)[-1]
     try:
-        folder.mkdir(parents=True, exist_ok=resume)
+        folder.mkdir(parents=True, exist_ok=bool(resume))
         lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return folder, lock
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}, or it is in use by another run ({error.strerror}); give "
             "another --name or --checkpoints_path"
         ) from None
+
+
+def remove_unused(folder: Path) -> None:
+    """A start that failed leaves no folder: it holds what every start writes, and no row."""
+    names = {path.name for path in folder.iterdir() if path.stat().st_size}
+    if names <= {"config.yaml", "config.json", "wandb"}:
+        shutil.rmtree(folder)
 
 
 def read_checkpoint(path: Path) -> Dict[str, Any]:
@@ -2522,8 +2680,9 @@ def cut_metrics(path: Path, step: int, evaluated: int) -> None:
 def describe_run(config: TrainConfig) -> bytes:
     """config.json: what is needed to know how a result came about."""
     script = Path(__file__).resolve()
+    # by the shell, since there may be no git
     git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=script.parent, capture_output=True, text=True
+        "git rev-parse HEAD", cwd=script.parent, capture_output=True, text=True, shell=True
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     description = {
@@ -2624,7 +2783,7 @@ def begin_algorithm(config: TrainConfig, device: torch.device) -> Any:
     are named. Raises UserError where sizes differ."""
     algorithm = make_algorithm(config, device)
     if config.init_from:
-        path = Path(config.init_from).expanduser()
+        path = expand(config.init_from)
         weights = read_checkpoint(path)["model"]
         try:
             missing = algorithm.model.load_state_dict(weights, strict=False).missing_keys
@@ -2655,12 +2814,28 @@ def heldout_loss(metrics: Metrics) -> float:
     return math.inf if loss is None else loss
 
 
+def open_stores(config: TrainConfig) -> List[ChunkStore]:
+    """Each character's. The first process of a machine builds what is missing, while the others
+    wait; its mistake is one line and ends all."""
+    stores: List[ChunkStore] = []
+    problem = ""
+    for is_first in (True, False):
+        if is_first == (LOCAL_RANK == 0):
+            try:
+                for name in config.characters:
+                    stores.append(open_or_build_store(config.data_path, config.store_path, name))
+            except UserError as error:
+                problem = str(error)
+        for text in filter(None, gather(problem)):
+            raise UserError("" if RANK else text)
+    return stores
+
+
 def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
     """Loaders of the games to learn from, and of those held out, if any."""
-    stores = []
-    for character in config.characters:
-        stores.append(open_or_build_store(config.data_path, config.store_path, character))
-        say(str(stores[-1]))
+    stores = open_stores(config)
+    for store in stores:
+        say(str(store))
     games = Games(stores, config.game_frames)
     is_heldout = games.heldout(config.heldout_share)
     chosen = np.flatnonzero(~is_heldout)
@@ -2702,11 +2877,11 @@ class Trainer:
         self.modules = {name: part for name, part in parts if isinstance(part, nn.Module)}
         self.loader: Any = None
         self.heldout: Optional[ChunkLoader] = None
-        self.fingerprints: List[str] = []  # of the data
+        self.identities: List[str] = []  # of the games
         if config.data_path or algorithm is None:
             self.loader, self.heldout = load_data(config)
-            stores = self.loader.games.stores
-            self.fingerprints = [str(store.index["fingerprint"]) for store in stores]
+            for store in self.loader.games.stores:
+                self.identities += store.index["identities"].tolist()
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
         groups = [
@@ -2738,7 +2913,7 @@ class Trainer:
 
     def run_settings(self) -> Dict[str, Any]:
         """What must be alike in a run and its continuation, MAY_DIFFER aside."""
-        return {**asdict(self.config), "processes": WORLD, "data": self.fingerprints}
+        return {**asdict(self.config), "processes": WORLD, "games": self.identities}
 
     def state_dict(self) -> Dict[str, Any]:
         """What is needed to go on, and to play: all that last.pt holds. Gathers the processes'
@@ -2759,10 +2934,14 @@ class Trainer:
             raise UserError("cannot resume: another version of this script made the run")
         saved = json.loads(content["run"])
         for name, value in self.run_settings().items():
-            if name not in MAY_DIFFER and saved.get(name) != value:
+            was = saved.get(name)
+            if name not in MAY_DIFFER and was != value:
+                if name == "games":
+                    gone = sorted(set(was) - set(value))
+                    new = sorted(set(value) - set(was))
+                    raise UserError(f"cannot resume: the data lost {gone} and gained {new}")
                 raise UserError(
-                    f"cannot resume: {name} was {saved.get(name)} and is {value}; begin without "
-                    "--resume"
+                    f"cannot resume: {name} was {was} and is {value}; begin without --resume"
                 )
         for name, module in self.modules.items():
             module.load_state_dict(content["algorithm"][name])
@@ -2778,10 +2957,8 @@ class Trainer:
         if RANK == 0:
             self.folder, self.lock = open_folder(first, self.config.resume)
         self.folder = gather(self.folder)[0]
-        for name in ("last.pt", "last.prev.pt"):
-            if (self.folder / name).exists():
-                self.load_state_dict(read_checkpoint(self.folder / name))
-                break
+        for checkpoint in find_checkpoints(self.folder)[-1:]:
+            self.load_state_dict(read_checkpoint(checkpoint))
 
     def start_logging(self) -> None:
         """From here on files are changed."""
@@ -2797,6 +2974,7 @@ class Trainer:
         if self.logger is not None:
             self.logger.close()
         if self.lock is not None:
+            remove_unused(self.folder)
             os.close(self.lock)
         if WORLD > 1:
             dist.destroy_process_group()
@@ -2911,10 +3089,12 @@ class Trainer:
 
 def train(config: TrainConfig) -> Path:
     """Trains, evaluates, and returns the run's folder."""
+    if isinstance(config.resume, str) and not find_checkpoints(expand(config.resume)):
+        raise UserError(f"resume: {config.resume} is neither true nor false, nor holds it last.pt")
     group = f"{config.group}-v{config.version}"
     name = f"{config.name}-{'+'.join(config.characters)}-seed{config.train_seed}"
     with closing(Trainer(None, config)) as trainer:
-        trainer.open(Path(config.checkpoints_path or "runs").expanduser() / group / name)
+        trainer.open(expand(config.checkpoints_path or "runs") / group / name)
         if trainer.evaluated >= config.update_steps:
             say(f"{trainer.folder} is finished, at step {trainer.step}: it is left as it is")
             return trainer.folder
@@ -2954,7 +3134,8 @@ def load_agent(path: Any, **overrides: Any) -> Tuple[Any, TrainConfig, int]:
     known = vars(TrainConfig())  # not what the script no longer has
     settings = {name: value for name, value in saved.items() if name in known}
     algorithm_settings = {**settings["algorithm"], **overrides.get("algorithm", {})}
-    config = TrainConfig(**{**settings, **overrides, "algorithm": algorithm_settings})
+    overrides.update(algorithm=algorithm_settings, resume=False)
+    config = TrainConfig(**{**settings, **overrides})
     algorithm = make_algorithm(config, choose_device(config))
     try:
         algorithm.model.load_state_dict(content["model"])
@@ -2968,15 +3149,15 @@ def load_agent(path: Any, **overrides: Any) -> Tuple[Any, TrainConfig, int]:
 def evaluate_checkpoint(config: TrainConfig) -> Path:
     """Scores a checkpoint with this command's evaluation settings, with `data_path` on held-out
     games too -> folder."""
-    path = Path(str(config.evaluate)).expanduser()
+    path = expand(str(config.evaluate))
     given = ["algorithm", "data_path", "store_path", "device", "precision"]
     given += [name for name in vars(config) if name.startswith("eval")]
     overrides = {name: getattr(config, name) for name in given}
     for name in ("character", "submission"):  # the checkpoint's own, unless others are given
         if getattr(config, name) != getattr(TrainConfig(), name):
             overrides[name] = getattr(config, name)
-    agent = load_agent(path, resume=False, **overrides)
-    parent = Path(config.checkpoints_path or path.parent).expanduser()
+    agent = load_agent(path, **overrides)
+    parent = expand(config.checkpoints_path or str(path.parent))
     with closing(Trainer(*agent)) as trainer:
         trainer.open(parent / f"{path.stem}-evaluation")
         trainer.start_logging()
@@ -2998,7 +3179,8 @@ def check_sizes(config: TrainConfig) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     # A submission that imports this file by its name gets this one, not a second one.
     sys.modules.setdefault("custom_nethack_pomdp", sys.modules[__name__])
-    try:
+
+    def command() -> None:
         config = parse_config(sys.argv[1:] if argv is None else argv)
         keep_freed_memory()
         if config.evaluate:
@@ -3006,14 +3188,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         else:
             check_sizes(config)
             train(config)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split())[:2000], file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:  # Python's own before training has begun, then Stopped
-        say("stopped by a signal; a run goes on with --resume true")
-        # as the shell reports it
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    return 0
+
+    return run_command(command, "stopped by a signal; a run goes on with --resume true")
 
 
 if __name__ == "__main__":

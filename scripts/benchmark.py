@@ -517,17 +517,21 @@ def main(argv: Optional[List[str]] = None) -> int:
     options = parser.parse_args(argv)
     pomdp.keep_freed_memory()  # as the script does
     # the table alone on standard output
-    pomdp.say = lambda text, file=None: print(text, file=sys.stderr)
-    try:
+    pomdp.say = lambda text: print(text, file=sys.stderr)
+
+    def command() -> None:
         if options.table:
             print(table(options.table))
-            return 0
+            return
         chosen = options.rows.split(",")
         if not options.data_path or set(chosen) - set(BENCHES) or options.repeats < 1:
             raise pomdp.UserError(
                 f"give --data_path, --rows out of {','.join(BENCHES)}, and --repeats of at least 1"
             )
-        options.sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
+        try:
+            options.sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
+        except ValueError as error:
+            raise pomdp.UserError(f"--sizes: {error}") from None
         if options.katakomba and not Path(options.katakomba, IQL).is_file():
             raise pomdp.UserError(
                 f"{options.katakomba} is no checkout of github.com/corl-team/katakomba: no {IQL}"
@@ -545,10 +549,8 @@ def main(argv: Optional[List[str]] = None) -> int:
                 if options.json:  # row by row: a long run may be cut off
                     text = json.dumps({**described, "rows": rows}, indent=1)
                     Path(options.json).write_text(text, encoding="utf-8")
-    except (pomdp.UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return pomdp.run_command(command)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ done
 out=$1 && shift
 mkdir -p "$out" 2>/dev/null && : >>"$out/.get_nld_aa.lock" || fail "cannot write to $out"
 exec 9>>"$out/.get_nld_aa.lock"
-flock -n 9 || fail "another get_nld_aa.sh is at work in $out"
+flock -n 9 || [ $? != 1 ] || fail "another get_nld_aa.sh is at work in $out" # not 1: it has no locks
 [ "${1:-}" != all ] || set -- "${all[@]}"
 for part in "${@:-taster}"; do
     [[ " taster ${all[*]} " = *" $part "* ]] || fail "there is no part $part; there are taster, ${all[*]} and all"

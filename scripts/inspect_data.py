@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -39,9 +40,11 @@ def characters_in(root: Path) -> List[str]:
         for match in (re.fullmatch(r"data-(\S+)-any\.hdf5", path.name) for path in files)
         if match
     }
-    for path in root.rglob("*.xlogfile"):
-        for line in pomdp.parse_xlogfile(path):
-            found.add("-".join(line.get(name, "?").lower() for name in ("role", "race", "align0")))
+    for path in pomdp.find_xlogfiles(root):
+        with contextlib.suppress(OSError):  # reading a character's games names it
+            for line in pomdp.parse_xlogfile(path):
+                parts = [line.get(name, "?").lower() for name in ("role", "race", "align0")]
+                found.add("-".join(parts))
     return sorted(found & set(pomdp.AUTOASCEND_MEAN_SCORE))
 
 
@@ -94,23 +97,31 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    try:
-        root = Path(args.folder).expanduser()
-        characters = (
-            pomdp.TrainConfig(args.character).characters if args.character else characters_in(root)
-        )
-        if not characters:
-            kinds = "neither an xlogfile (NLD-AA), nor data-<character>-any.hdf5, nor a store"
-            raise pomdp.UserError(f"no games in {root}: {kinds}")
-        told = [
-            describe(pomdp.open_or_build_store(str(root), args.store_path, name))
-            for name in characters
-        ]
-    except pomdp.UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(json.dumps(told, indent=1) if args.json else "\n\n".join(map(table, told)))
-    return 0
+    return pomdp.run_command(partial(inspect, args))
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Prints what there is -> exit status: 2 where a character's games could not be read."""
+    root = pomdp.expand(args.folder)
+    characters = (
+        pomdp.TrainConfig(args.character).characters if args.character else characters_in(root)
+    )
+    if not characters:
+        kinds = "neither an xlogfile (NLD-AA), nor data-<character>-any.hdf5, nor a store"
+        raise pomdp.UserError(f"no games in {root}: {kinds}")
+    told = []
+
+    def tell(name: str) -> None:
+        try:
+            told.append(describe(pomdp.open_or_build_store(str(root), args.store_path, name)))
+        except pomdp.UserError as error:  # the others can be told of all the same
+            pomdp.write_error(error)
+
+    for name in characters:
+        tell(name)
+    if told:
+        print(json.dumps(told, indent=1) if args.json else "\n\n".join(map(table, told)))
+    return 0 if len(told) == len(characters) else 2
 
 
 if __name__ == "__main__":

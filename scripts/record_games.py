@@ -36,6 +36,7 @@ Who plays is one of three:
 import argparse
 import importlib
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -55,6 +56,7 @@ from nle import nethack
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import NUM_ACTIONS, UserError
 
+LONGEST_OUT = 300  # of 400 bytes that NLE has for a game's file
 # ESC, ESC, #quit, y
 QUIT = [int(pomdp.KEY_TO_ACTION[key]) for key in (27, 27, int(nethack.Command.QUIT), ord("y"))]
 
@@ -258,7 +260,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse(argv)
-    try:
+
+    def command() -> None:
         for name, least in dict(games=1, workers=1, max_steps=1, seed=0, first=0).items():
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -272,16 +275,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if there:
             told = f"{args.out} already holds {there} of these games"
             raise UserError(f"{told}: choose another --seed, --first or --out")
+        place = os.path.abspath(args.out)
+        if "%" in place or len(os.fsencode(place)) > LONGEST_OUT:
+            told = f"NLE takes no folder with % in its name, or of more than {LONGEST_OUT} bytes"
+            raise UserError(f"--out: {told}, but {place}")
         Path(args.out).mkdir(parents=True, exist_ok=True)
         rows = record(args, numbers)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; the games that were over are in {args.out}", file=sys.stderr)
-        return 130
-    print(f"{summary(rows, args.character)}\n  in {args.out}")
-    return 0
+        print(f"{summary(rows, args.character)}\n  in {args.out}")
+
+    return pomdp.run_command(command, f"stopped; the games that were over are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, NO_RESULT, UserError
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, NO_RESULT, UserError, run_command
 
 Row = Dict[str, Any]
 DEFAULT_VARIANT = "default"
@@ -408,7 +408,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         metavar="ARM",
         help="arm to compare with (default: %(default)s)",
     )
-    try:
+
+    def command() -> None:
         args = parser.parse_args(argv)
         arms = collect(read_all(args.paths))
         if args.baseline not in ["ours", *(arm.name for arm in arms)]:
@@ -423,10 +424,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 args.paths, args.out / "scores.png"
             )
             (args.out / "report.md").write_text(f"{table}\n{pictures}", encoding="utf-8")
-        return 0
-    except (UserError, OSError) as error:
-        print("report: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def measure(
     trial = check.Trial(check.read_block(check.DEFAULT_FILE if path == "ours" else path))
     loaded, complaint = check.attempt(trial.block, trial.load)
     if not loaded:
-        raise ValueError(f"{path}: {complaint}")
+        raise pomdp.UserError(f"{path}: {complaint}")
     settings = {name: vars(options)[name] for name in ("character", "batch_size", "rnn_hidden_dim")}
     config = check.TrainConfig(train_seed=options.seed, **settings)
     torch.manual_seed(options.seed)
@@ -219,22 +219,22 @@ def main(argv: Optional[List[str]] = None) -> int:
             f"--{name}", type=type(default), default=default, help=f"default: {default}"
         )
     options = parser.parse_args(argv)
-    try:
+
+    def command() -> None:
         if min(vars(options)[name] for name in numbers) < 1:
-            raise ValueError(f"{', '.join(numbers)} must be at least 1")
+            raise pomdp.UserError(f"{', '.join(numbers)} must be at least 1")
         store = pomdp.open_or_build_store(options.data_path, options.store_path, options.character)
         if store.index["unknown_keys"].any():
-            raise ValueError(f"{store}: the benchmark's batches cannot say so, take other games")
+            told = f"{store}: the benchmark's batches cannot say so, take other games"
+            raise pomdp.UserError(told)
         games, table, rows = pomdp.Games([store]), draw_glyphs(), []
         with open(options.out, "a", encoding="utf-8") as file:
             for path in options.submissions.split(","):
                 rows.append(measure(path, options, games, table))
                 print(json.dumps(rows[-1]), file=file, flush=True)
         print(make_table(rows))
-    except (pomdp.UserError, ValueError, OSError) as error:
-        print(f"standin_study.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return pomdp.run_command(command)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -253,7 +252,8 @@ def describe_data(store: Any, heldout_share: float) -> Dict[str, Any]:
         for name, part in parts.items()
     }
     digest = hash_of(store.names.tolist(), store.frames.tolist())
-    return {**told, "games_sha256": digest, "fingerprint": str(store.index["fingerprint"])}
+    content = hash_of(store.index["identities"].tolist())
+    return {**told, "games_sha256": digest, "fingerprint": content}
 
 
 def is_valid(row: Row, config: TrainConfig, phases: List[int], data: Dict[str, Any]) -> bool:
@@ -507,27 +507,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="list what is to do; do nothing")
     os.environ.setdefault("WANDB_MODE", "disabled")
     pomdp.keep_freed_memory()
-    try:
+
+    def command() -> int:
         args = parser.parse_args(argv)
         args.phases, runs = read_study(args.study)
         out = args.out or ROOT / "scripts" / "results" / f"{runs[0].config.group}.jsonl"
         with open(
             out if out.exists() or not args.dry_run else os.devnull, "a+b", buffering=0
         ) as file:
-            # until it is closed, however this ends
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                pomdp.lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = f"another study is writing to {out}; --out takes another file"
+                raise UserError(told) from None
             return run_study(runs, args, file)
-    except BlockingIOError:
-        print(
-            f"study: error: another study is writing to {out}; --out takes another file",
-            file=sys.stderr,
-        )
-    except (UserError, OSError) as error:
-        print("study: error: " + " ".join(str(error).split()), file=sys.stderr)
-    except KeyboardInterrupt as stopped:
-        print("study: stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    return 2
+
+    return pomdp.run_command(command, "stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,16 @@ which it begins. The value is in rewards of training: differences of the score o
 """
 
 import argparse
+import bz2
 import contextlib
 import inspect
 import itertools
 import os
+import re
 import select
 import shutil
 import signal
+import struct
 import sys
 import termios
 import textwrap
@@ -138,16 +141,40 @@ def agent_game(actor: Actor, config: pomdp.TrainConfig, number: int, max_steps: 
         yield View(obs["tty_chars"], obs["tty_colors"], obs["tty_cursor"], *place, note=note)
 
 
+def check_recording(path: str) -> None:
+    """Raises UserError for what is no ttyrec3.bz2: NLE would show another version's bytes as keys
+    and scores. Each record has seconds, microseconds, length and channel (0 screen, 1 key, 2
+    score); version 1 has no channel."""
+    mistake = UserError(f"{path} is no ttyrec3.bz2, which alone can be shown")
+    if re.search(r"\.ttyrec(?!3)", Path(path).name):
+        raise mistake
+    decoder = bz2.BZ2Decompressor()
+    try:
+        content = decoder.decompress(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    lengths = {1: 1, 2: 4}  # bytes of a key, of a score
+    position = 0
+    while position + 13 <= len(content):
+        _, micro, length, channel = struct.unpack_from("<iiiB", content, position)
+        known = channel in (0, 1, 2) and length == lengths.get(channel, length)
+        if not known or length < 0 or not 0 <= micro < 10**6:
+            raise mistake
+        position += 13 + length
+
+
 def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Views:
     """A recorded game from the player's first frame; with an actor also what it would have done."""
+    check_recording(path)
     try:
         frames, note = pomdp.read_ttyrec(path), "the game is over"
-        first, end = pomdp.find_first_frame(frames), len(frames.chars)
+    except pomdp.UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    first, end = pomdp.find_first_frame(frames), len(frames.chars)
+    try:
         end = pomdp.find_end_of_play(frames)
     except pomdp.GameError as error:  # it breaks off: what there is of it can be seen
         note = str(error)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     if first == len(frames.chars):
         raise UserError(f"{path} holds no frame of play")
     turn = agreed = compared = 0
@@ -421,16 +448,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    try:
-        run(parse(argv))
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    args = parse(argv)
+    return pomdp.run_command(lambda: run(args), "stopped")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,40 @@ def test_values_are_read_as_their_type(tmp_path, name, text, value):
         assert read == value and type(read) is type(value), argv
 
 
+AS_GIVEN = [
+    "/mnt/exp #3/runs",
+    "/a: b",
+    "2024-01-05",
+    "1_000",
+    "007",
+    "1:30",
+    "no",
+    "it's",
+    "[a",
+    "x" * 200 + " #y",
+]
+
+
+@pytest.mark.parametrize("text", [*AS_GIVEN, os.fsdecode(b"/d\xff"), "a\nb", " ", "\U0001f600"])
+def test_text_is_taken_as_it_was_given(tmp_path, text, monkeypatch):
+    """On the command line; in a file a text is what YAML says is one. A config file's own name too."""
+    for name in ("checkpoints_path", "data_path", "name", "project", "evaluate"):
+        assert getattr(parse_config([f"--{name}={text}"]), name) == text
+    assert parse_config(["--resume", "/mnt/exp #3/run"]).resume == "/mnt/exp #3/run"
+    monkeypatch.chdir(tmp_path)
+    Path("a #b.yaml").write_text("name: 'x: #y'\nresume: 'a #b'\n")
+    config = parse_config(["--config", "a #b.yaml"])
+    assert (config.name, config.resume) == ("x: #y", "a #b")
+
+
+def test_numbers_of_the_algorithm_are_read_as_elsewhere():
+    assert parse_config(["--algorithm", "{beta: 1e-1, burn_in: 8.0}"]).algorithm == {
+        "beta": 0.1,
+        "burn_in": 8,
+    }
+    assert type(parse_config(["--algorithm", "{burn_in: 8.0}"]).algorithm["burn_in"]) is int
+
+
 def test_a_dumped_config_reads_back(tmp_path):
     """config.yaml in a run's folder is a config file like any other."""
     argv = [
@@ -205,7 +239,6 @@ MISTAKES = {
     "--batch_size 2.7": "batch_size.*2.7",
     "--learning_rate nan": "learning_rate.*nan",
     "--clip_grad_norm nan": "clip_grad_norm.*nan",
-    "--resume maybe": "resume.*maybe",
     "--algorithm burn_in": "algorithm",
     f"--train_seed 1{'0' * 400}": "train_seed",
     f"--train_seed {2**64}": "train_seed",  # torch takes no seed as large as this
@@ -226,8 +259,9 @@ MISTAKES_IN_A_FILE = {
     "batch_size: true": "batch_size",
     "batch_size:": "batch_size",
     "batch_size: 2.7": "batch_size.*2.7",
-    "resume: maybe": "resume.*maybe",
+    "resume: 1.5": "resume.*1.5",
     "name: null": "name",
+    "name: 1_000": "name.*quotes",
     "name: no": "name",  # YAML reads it as false, and the run would be called False
     "algorithm: [burn_in]": "algorithm",
     "character: ''": "character",
@@ -346,7 +380,8 @@ def test_anything_else_than_a_config_is_a_user_error(argv, text, tmp_path):
         assert str(error).strip(), "a mistake without a message"  # noqa: PT017  any text may also be right
         return
     for name, value in dataclasses.asdict(config).items():
-        assert value is None or DEFAULTS[name] is None or type(value) is type(DEFAULTS[name]), (
+        expected = (bool, str) if name == "resume" else (type(DEFAULTS[name]),)
+        assert value is None or DEFAULTS[name] is None or type(value) in expected, (
             name,
             value,
         )

@@ -1,6 +1,8 @@
 """Recorded games -> chunk store -> batches: against nle's own readers, against plain loops, and with damaged input."""
 
 import bz2
+import errno
+import fcntl
 import io
 import os
 import random
@@ -561,7 +563,7 @@ def test_held_out_games_are_chosen_by_their_names_alone(stores):
 def test_keys_that_are_no_action_are_masked_and_never_a_previous_action(small, tmp_path):
     """A recording whose player pressed keys that are none of the 121 actions. The rewards are there all the same, and
     the network sees the same previous actions wherever chunks are cut."""
-    character, (source, _) = small
+    character, (source, other) = small
     known = play_of(source)
     first = pomdp.find_first_frame(pomdp.read_ttyrec(source.path))
     plain = bytearray(bz2.decompress(Path(source.path).read_bytes()))
@@ -648,8 +650,60 @@ def test_only_games_with_a_line_count(small, tmp_path):
     assert len(pomdp.find_nld_games(root, "arc" + character[3:])[0]) == 1
 
 
+def test_names_of_games(small, tmp_path):
+    """The folder of a game and its file; directly in the data's folder its file alone, whatever that folder is called."""
+    character, (source, other) = small
+    for root in ("job1", "job2"):
+        add_game(tmp_path, root, source)
+        add_game(tmp_path / root, "own", other)
+        found, _ = pomdp.find_nld_games(tmp_path / root, character)
+        assert [game.name for game in found] == ["nle.0.0.ttyrec3.bz2", "own/nle.0.0.ttyrec3.bz2"]
+
+
+HELD_OUT = [
+    "mon-hum-neu-1-6",
+    "val-hum-neu-1-1",
+    "val-hum-neu-1-5",
+    "ran-hum-neu-1-2",
+    "ran-hum-neu-1-6",
+]
+
+
+def test_the_shipped_agent_keeps_its_held_out_games(recorded_games):
+    """Which recorded games are held out may never change: agents were trained on the others."""
+    heldout = []
+    for games in recorded_games.values():
+        names = [game.name for game in games]
+        heldout += np.array(names)[pomdp.choose_heldout(names, 0.1)].tolist()
+    assert [name.split("/")[0] for name in heldout] == HELD_OUT
+
+
+def test_links_to_folders_are_followed_once(small, tmp_path):
+    """A label is the link's name; what two links lead to is one game; a link back, or to a folder around, is no way."""
+    character, (source, other) = small
+    add_game(tmp_path / "disk", "far", source)
+    root = tmp_path / "data"
+    add_game(root, "own", other)
+    for name, target in {"link": "far", "second": "far"}.items():
+        (root / name).symlink_to(tmp_path / "disk" / target)
+    (root / "own" / "back").symlink_to(root)
+    (root / "around").symlink_to(tmp_path)
+    (root / "own" / "again.ttyrec3.bz2").symlink_to(root / "own" / "nle.0.0.ttyrec3.bz2")
+    line = (root / "own" / "nle.1.xlogfile").read_text()
+    (root / "own" / "nle.2.xlogfile").write_text(line.replace("nle.0.0.", "again."))
+    for place in (root, tmp_path / "whole"):
+        if place != root:
+            place.symlink_to(root)
+        found, problems = pomdp.find_nld_games(place, character)
+        assert [game.name for game in found] == [
+            "link/nle.0.0.ttyrec3.bz2",
+            "own/nle.0.0.ttyrec3.bz2",
+        ]
+        assert problems == []
+
+
 def test_nothing_to_read_or_nowhere_to_write(small, tmp_path):
-    character, (source, _) = small
+    character, (source, other) = small
     (tmp_path / "empty").mkdir()
     bad, _ = (
         add_game(tmp_path / "bad", "a", source, b"no game"),
@@ -734,6 +788,33 @@ def test_damaged_hdf5(small, katakomba, tmp_path, capsys):
         store_of(path, tmp_path, small[0])
 
 
+def test_values_that_are_no_whole_numbers_are_not_cast(small, katakomba, tmp_path):
+    path = tmp_path / katakomba.name
+    with h5py.File(katakomba, "r") as file:
+        whole = {name: np.array(values) for name, values in file["000"].items()}
+    games = {"fine": {**whole, "rewards": whole["rewards"].astype(float)}}
+    bad = {"nan": np.nan, "inf": np.inf, "part": 0.5, "huge": 1e300, "far": 3e9}
+    for name, value in bad.items():
+        games[name] = {**whole, "rewards": whole["rewards"].astype(float)}
+        games[name]["rewards"][3] = value
+    games["key"] = {**whole, "actions": whole["actions"] + 0.5}
+    games["wide"] = {**whole, "tty_chars": whole["tty_chars"].astype(np.int16) + 256}
+    write_hdf5(path, games)
+    store = store_of(path, tmp_path, small[0])
+    assert store.names.tolist() == [f"{path.name}/fine"]
+    skipped = dict(zip(sorted(set(games) - {"fine"}), store.index["skipped"].tolist()))
+    for name, reason in skipped.items():
+        assert f"{path}:{name}: its " in reason and "are not whole numbers" in reason
+
+
+def test_a_file_that_another_writes_to_says_what_to_do(small, katakomba, tmp_path):
+    path = Path(shutil.copy(katakomba, tmp_path))
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="HDF5_USE_FILE_LOCKING=FALSE"):
+            store_of(path, tmp_path, small[0])
+
+
 # -- damaged games -----------------------------------------------------------------------------------------------------
 def damaged_recordings(source):
     """{what happened: bytes} made of a good recording."""
@@ -795,6 +876,28 @@ def test_damaged_games_are_skipped_by_name_with_any_number_of_workers(
         assert (content["tty_chars"] == frames.chars).all() and (
             content["actions"] == frames.actions
         ).all()
+
+
+def test_several_bz2_streams_are_named_as_the_reason(small, tmp_path):
+    """NLE reads the first of them alone, and the game would seem to break off."""
+    character, (source, other) = small
+    plain = bz2.decompress(Path(source.path).read_bytes())
+    add_game(
+        tmp_path / "games", "a", source, bz2.compress(plain[:9000]) + bz2.compress(plain[9000:])
+    )
+    add_game(tmp_path / "games", "b", other)
+    (reason,) = store_of(tmp_path / "games", tmp_path, character).index["skipped"].tolist()
+    assert "bz2 streams" in reason and "/a/" in reason
+
+
+def test_a_worker_that_was_killed_says_how_to_use_fewer(small, tmp_path, monkeypatch):
+    for name, source in zip("ab", small[1]):
+        add_game(tmp_path / "games", name, source)
+    monkeypatch.setattr(pomdp, "BYTES_A_WORKER", 1)
+    monkeypatch.setattr(pomdp, "CORES", 2)
+    monkeypatch.setattr(pomdp, "keep_freed_memory", os.abort)  # which every worker begins with
+    with pytest.raises(UserError, match=r"killed.*memory.*taskset"):
+        store_of(tmp_path / "games", tmp_path, small[0])
 
 
 def test_a_recording_cut_anywhere_is_refused_or_whole(small, tmp_path):
@@ -860,6 +963,53 @@ def test_a_store_is_built_again_only_when_its_games_or_its_format_changed(
         assert_built_anew(1)
 
 
+def test_games_are_the_same_by_what_they_hold(small, tmp_path, monkeypatch):
+    """Copied, at another time, compressed otherwise; under another name, or with one key changed, it is another game."""
+    character, (source, other) = small
+    plain = bytearray(bz2.decompress(Path(source.path).read_bytes()))
+    add_game(tmp_path / "a", "x", source)
+    copy = add_game(tmp_path / "b", "x", source, bz2.compress(plain, 1))
+    os.utime(copy, (1, 1))
+    plain[key_offsets(plain)[200] + 13] ^= 1
+    add_game(tmp_path / "c", "x", source, bz2.compress(plain))
+    add_game(tmp_path / "d", "y", source)
+    first, same, *others = (
+        store_of(tmp_path / name, tmp_path, character).index["identities"].tolist()
+        for name in "abcd"
+    )
+    assert first == same and first not in others
+    monkeypatch.setattr(pomdp, "ZSTD_LEVEL", 1)
+    assert store_of(tmp_path / "a", tmp_path, character).index["identities"].tolist() == first
+
+
+def test_a_file_system_without_locks_costs_a_warning(small, tmp_path, monkeypatch, capsys):
+    character, (source, other) = small
+    add_game(tmp_path / "games", "a", source)
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    pomdp.warn_once.cache_clear()
+    for place in ("one", "two"):
+        assert (
+            len(
+                open_or_build_store(
+                    str(tmp_path / "games"), str(tmp_path / place), character
+                ).frames
+            )
+            == 1
+        )
+    assert capsys.readouterr().err.count("warning: no locks here") == 1
+
+
+def test_a_store_of_another_version_is_refused_as_data(marked, tmp_path):
+    folder = Path(shutil.copytree(marked[0].folder, tmp_path / "store"))
+    np.savez(folder / "index.npz", **{**marked[0].index, "format": 4})
+    with pytest.raises(UserError, match="another version"):
+        ChunkStore(folder, "mon-hum-neu")
+
+
 def test_store_as_data_path(stores, tmp_path):
     """The folder of one character or the one above it; nothing is built anew."""
     store = stores["val-hum-neu"]
@@ -916,7 +1066,7 @@ def test_no_flipped_bit_makes_a_wrong_frame(marked, tmp_path):
 
 def test_runs_that_start_together_build_one_store(small, tmp_path):
     """One builds, the others wait for it and read what it built: the very same files."""
-    character, (source, _) = small
+    character, (source, other) = small
     add_game(tmp_path / "games", "a", source)
     with pomdp.ThreadPoolExecutor(3) as pool:
         states = list(

@@ -114,6 +114,29 @@ def test_what_is_left_out_is_named(look, folder, stores_path):
     assert len(look(folder)[MONK]["skipped"]) == 2
 
 
+def test_a_bad_thing_does_not_hide_the_others(folder, stores_path, capsys):
+    """An xlogfile that leads nowhere, and a character whose game is missing."""
+    for name in ("gone", "arc"):
+        (folder / name).mkdir()
+    (folder / "gone" / "nle.1.xlogfile").symlink_to("/nowhere")
+    line = next((folder / "val-hum-neu-1-2").glob("*.xlogfile")).read_text()
+    (folder / "arc" / "nle.1.xlogfile").write_text(line.replace("role=Val", "role=Arc"))
+    assert inspect_data.main([str(folder), "--store_path", str(stores_path), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert [told["character"] for told in json.loads(out)] == [MONK, VALKYRIE]
+    assert all("gone" in told["skipped"][-1] for told in json.loads(out))
+    assert err.count("\n") == 1 and "no games of arc-hum-neu" in err and "arc/nle.1.xlogfile" in err
+
+
+def test_ctrl_c_is_no_traceback(folder, stores_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pomdp, "open_or_build_store", stop)
+    assert inspect_data.main([str(folder), "--store_path", str(stores_path)]) == 130
+    assert capsys.readouterr() == ("stopped by a signal\n", "")
+
+
 def test_mistakes_get_one_line(tmp_path, stores, capsys):
     store = shutil.copytree(stores[MONK].folder, tmp_path / MONK)
     (store / "index.npz").write_bytes(b"no index")

@@ -199,6 +199,78 @@ def test_disabled_writes_nothing_but_metrics_jsonl(tmp_path):
     assert len(rows_of(tmp_path / "quick-v0" / "run" / "metrics.jsonl")) == 4
 
 
+KILLED = """
+import os, re, signal, subprocess, sys, time
+from pathlib import Path
+import custom_nethack_pomdp as pomdp
+
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True)
+logger = pomdp.RunLogger(pomdp.TrainConfig(), folder)
+logger.log("training", {"step": 1, "transitions": 1})
+listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+for pid in re.findall(rf"(?m)^ *(\\d+) +{os.getpid()} .*wandb", listed):
+    os.kill(int(pid), signal.SIGKILL)
+time.sleep(1)
+for step in (2, 3, 4):
+    logger.log("training", {"step": step, "transitions": step})
+logger.close()
+"""
+
+
+def test_a_run_outlives_wandb_s_process(tmp_path):
+    environment = {**os.environ, **OFFLINE, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "quick" / "run")]
+    options = dict(capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, cwd=tmp_path, **options)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("warning: wandb failed") == 1, result.stderr
+    rows = rows_of(tmp_path / "quick" / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+SAYING = """
+import sys, time
+import custom_nethack_pomdp as pomdp
+
+def command():
+    for number in range(3):
+        pomdp.say(f"line {number}")
+        pomdp.warn(f"line {number}")
+        time.sleep(0.5)
+    print("done", file=open(sys.argv[1], "w"))
+
+sys.exit(pomdp.run_command(command))
+"""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_outlives_its_console(tmp_path, terminal):
+    """A pipe whose reader is gone, and a terminal that was closed."""
+    mine, theirs = pty.openpty() if terminal else os.pipe()
+    errors = theirs if terminal else subprocess.PIPE
+    command = [sys.executable, "-c", SAYING, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=theirs, stderr=errors, text=True)
+    os.close(theirs)
+    assert b"line 0" in os.read(mine, 100)
+    os.close(mine)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and (tmp_path / "out").read_text() == "done\n", err
+    if not terminal:
+        assert err.count("warning: standard output cannot be written") == 1
+        assert err.count("\n") == 4, err
+
+
+def test_a_full_disk_costs_a_warning(tmp_path, capfd):
+    pomdp.warn_once.cache_clear()
+    logger = RunLogger(TrainConfig(), tmp_path)
+    logger.file = open("/dev/full", "w", encoding="utf-8")
+    for step in (1, 2):
+        logger.log("training", {"step": step, "transitions": step})
+    logger.close()
+    assert capfd.readouterr().err.count("warning: writing to") == 1
+
+
 # --- a whole run
 SMALL_RUN = """
 import sys

@@ -5,6 +5,7 @@ On CPUs (gloo), two processes, a small network. What NCCL and several GPUs add i
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -228,6 +229,19 @@ def test_a_signal_at_one_stops_the_games_of_all(start, folder):
     )
     assert exits == [130, 130], err
     assert pomdp.read_checkpoint(folder / "games" / RUN / "last.pt")["step"] == 2
+
+
+def test_the_first_process_builds_and_its_mistake_is_one_line(start, folder, tmp_path):
+    """The others, which are quicker, wait; a folder without games is told of once, and ends all."""
+    hook = "pomdp.RANK or (pomdp.time.sleep(1), setattr(pomdp, 'build_store', print_and(pomdp.build_store)))"
+    hook += "; pomdp.RANK and setattr(pomdp, 'build_store', None)"
+    helper = "print_and = lambda build: lambda *args: (print('BUILT'), build(*args)); "
+    settings = dict(update_steps=1, store_path=tmp_path / "stores")
+    exits, out, err = finish(start("builds", helper + hook, **settings))
+    assert exits == [0, 0] and [text.count("BUILT") for text in out] == [1, 0], err
+    (tmp_path / "empty").mkdir()
+    exits, _, err = finish(start("empty", data_path=tmp_path / "empty"))
+    assert exits == [2, 2] and re.fullmatch("error: no games of .*\n", err[0]) and err[1] == ""
 
 
 def test_torchrun_starts_again_what_was_killed(start, folder, straight):

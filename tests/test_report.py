@@ -331,7 +331,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(expected, tmp_path, monkeypatch
     MISTAKES[expected](Path("x.jsonl"))
     assert report.main(["x.jsonl", "--baseline", "none" if "'none'" in expected else "ours"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("report: error: ") and error.count("\n") == 1 and expected in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
 
 
 def test_a_line_that_was_cut_short_is_left_out_with_a_warning(tmp_path, capsys):

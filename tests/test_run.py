@@ -25,7 +25,7 @@ import torch
 from conftest import LIMIT_S
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import main
+from custom_nethack_pomdp import UserError, main
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -523,6 +523,8 @@ def killed(*_):
 STOPS = {  # (what is disturbed, before which call, by what) -> exit status
     "SIGTERM": (pomdp.Trainer, "update", 3, stop_by(signal.SIGTERM), 143),
     "SIGINT": (pomdp.Trainer, "update", 4, stop_by(signal.SIGINT), 130),
+    "SIGHUP": (pomdp.Trainer, "update", 4, stop_by(signal.SIGHUP), 129),
+    "SIGUSR1": (pomdp.Trainer, "update", 4, stop_by(signal.SIGUSR1), 138),
     "signal in the held-out loss": (pomdp.ChunkLoader, "batch_at", 6, None, 143),
     "killed": (pomdp.Trainer, "update", 4, killed, None),
     "killed before the first checkpoint": (pomdp.Trainer, "update", 2, killed, None),
@@ -661,6 +663,44 @@ def test_resume_takes_the_newest_run_and_a_finished_one_is_left(small):
     assert (files_of(run_of()), files_of(run_of(number="-2"))) == older
 
 
+def test_resume_takes_the_newest_run_with_a_checkpoint_or_the_one_that_is_named(small):
+    for name in ("custom", "other"):
+        assert small(update_steps=2, name=name)[0] == 0
+    run_of(number="-2").mkdir()  # as a start leaves it that was killed in its first seconds
+    status, out, _ = small(update_steps=3, resume=True)
+    assert status == 0 and f"resuming {run_of()} at step 2" in out
+    status, out, _ = small(update_steps=3, resume=run_of("other"))
+    assert status == 0 and f"resuming {run_of('other')} at step 2" in out
+    for nothing in ("nowhere", run_of(number="-2")):
+        assert_user_error(small(resume=nothing), f"resume: {nothing} is neither true nor false")
+    assert not Path("nowhere").exists() and not list(run_of(number="-2").iterdir())
+
+
+def test_a_start_that_fails_leaves_no_folder(small, monkeypatch):
+    """Because the disk is full, or because of an idea that does not fit."""
+    describe = pomdp.describe_run
+
+    def full(*_):
+        raise UserError("cannot write")
+
+    monkeypatch.setattr(pomdp, "describe_run", full)
+    assert_user_error(small(), "cannot write")
+    monkeypatch.setattr(pomdp, "describe_run", describe)
+    monkeypatch.setattr(pomdp.Trainer, "update", full)
+    assert_user_error(small(), "cannot write")
+    assert list(run_of().parent.iterdir()) == []
+
+
+def test_a_hang_up_is_ignored_under_nohup(small, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    update = before_call(pomdp.Trainer.update, 2, stop_by(signal.SIGHUP))
+    monkeypatch.setattr(pomdp.Trainer, "update", update)
+    try:
+        assert small()[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 DIFFERING = dict(
     learning_rate=1e-4, batch_size=3, seq_len=4, algorithm="{lam: 0.9}", heldout_share=0.3
 )
@@ -681,9 +721,23 @@ def test_resume_refuses_other_settings_and_other_games_and_changes_nothing(small
     for name, value in DIFFERING.items():
         refused = small(update_steps=4, resume=True, **settings, **{name: value})
         assert_user_error(refused, f"cannot resume: {name} was")
-    shutil.rmtree(min(Path("data").iterdir()))
-    assert_user_error(small(update_steps=4, resume=True, **settings), "cannot resume.*data")
+    added = Path(shutil.copytree(min(Path("data").iterdir()), "data/copy"))
+    (name,) = (path.name for path in added.glob("*.bz2"))
+    refused = small(update_steps=4, resume=True, **settings)
+    assert_user_error(refused, rf"cannot resume: the data lost \[\] and gained \['copy/{name}, ")
+    shutil.rmtree(added)
     assert files_of(run_of()) == before
+    # The same games, fetched again: other files with other times.
+    shutil.copytree("data", "again")
+    for path in Path("again").rglob("*"):
+        os.utime(path, (1, 1))
+    shutil.rmtree("data")
+    Path("again").rename("data")
+    status, out, _ = small(update_steps=4, resume=True, **settings)
+    assert status == 0 and "at step 2" in out
+    shutil.rmtree(min(Path("data").iterdir()))
+    refused = small(update_steps=6, resume=True, **settings)
+    assert_user_error(refused, r"cannot resume: the data lost \['.* and gained \[\]")
 
 
 MUST_AGREE = dict(

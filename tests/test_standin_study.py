@@ -269,4 +269,4 @@ def test_mistakes_are_told_in_one_line(more, complaint, stores, stores_path, tmp
         == 2
     )
     error = capsys.readouterr().err
-    assert complaint in error and error.count("\n") == 1 and error.startswith("standin_study.py: ")
+    assert complaint in error and error.count("\n") == 1 and error.startswith("error: ")

@@ -236,7 +236,7 @@ def test_one_study_writes_a_file_at_a_time(tmp_path, capsys):
     with open(tmp_path / "rows.jsonl", "a") as file:
         study.fcntl.flock(file, study.fcntl.LOCK_EX)
         assert study.main(arguments(tmp_path, tmp_path)) == 2
-    assert capsys.readouterr().err.startswith("study: error: another study is writing to ")
+    assert capsys.readouterr().err.startswith("error: another study is writing to ")
 
 
 # --- the file
@@ -294,7 +294,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(old, new, expected, tmp_path, c
     option, text = ([old], BASE) if new is None else ([], to(old, new))
     assert study.main(arguments(tmp_path, tmp_path, *option, text=text)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("study: error: ") and error.count("\n") == 1 and expected in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
     assert not (tmp_path / "runs").exists()
 
 

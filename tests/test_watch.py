@@ -177,8 +177,16 @@ def test_a_recording_that_breaks_off_is_shown_so_far(tmp_path, recorded):
     assert done.returncode == 0 and re.search(
         r"step \d{2,}, .*breaks off", done.stdout.splitlines()[-1]
     )
+    old = tmp_path / "nle.3.0.ttyrec3.bz2"  # version 1: a channel less
+    header = struct.pack("<iii", 0, 0, 5)
+    old.write_bytes(bz2.compress(100 * (header + b"\x1b[H@@")))
+    other = tmp_path / "nle.4.0.ttyrec4.bz2"
+    other.write_bytes(Path(recorded[0]).read_bytes())
+    for path in (old, other):
+        done = command("--game", path)
+        assert (done.returncode, done.stdout) == (2, "") and "is no ttyrec3.bz2" in done.stderr
     done = command("--game", rubbish)
-    assert done.returncode == 2 and "holds no frame" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "cannot be read" in done.stderr and done.stderr.count("\n") == 1
 
 
 # --- what is drawn
