@@ -848,7 +848,7 @@ def test_a_worker_that_was_killed_says_how_to_use_fewer(small, tmp_path, monkeyp
     monkeypatch.setattr(pomdp, "BYTES_A_WORKER", 1)
     monkeypatch.setattr(pomdp, "CORES", 2)
     monkeypatch.setattr(pomdp, "keep_freed_memory", os.abort)  # which every worker begins with
-    with pytest.raises(UserError, match="killed.*memory.*taskset"):
+    with pytest.raises(UserError, match=r"killed.*memory.*taskset"):
         store_of(tmp_path / "games", tmp_path, small[0])
 
 
@@ -917,7 +917,7 @@ def test_a_store_is_built_again_only_when_its_games_or_its_format_changed(
 
 def test_games_are_the_same_by_what_they_hold(small, tmp_path, monkeypatch):
     """Copied, at another time, compressed otherwise; under another name, or with one key changed, it is another game."""
-    character, (source, other) = small
+    character, (source, _) = small
     plain = bytearray(bz2.decompress(Path(source.path).read_bytes()))
     add_game(tmp_path / "a", "x", source)
     copy = add_game(tmp_path / "b", "x", source, bz2.compress(plain, 1))
