@@ -2535,7 +2535,7 @@ def find_checkpoints(folder: Path) -> List[Path]:
     return sorted(folder.glob("last.*pt"))
 
 
-def open_folder(first: Path, resume: Union[bool, str]) -> Tuple[Path, int]:
+def open_folder(first: Path, resume: Any) -> Tuple[Path, int]:
     """`first`, or where it exists `first-2`, `first-3`, ...: a new one. With `resume` the newest
     that holds a checkpoint, or if none does the newest; or the folder that it names. -> folder, and
     the descriptor of a lock on it."""
@@ -2760,8 +2760,9 @@ def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
 
 def refuse_games(before: set, now: set) -> None:
     """Raises the UserError that says which games came or went."""
-    gone = f"lost {sorted(before - now)}"
-    raise UserError(f"cannot resume: the data {gone} and gained {sorted(now - before)}")
+    raise UserError(
+        f"cannot resume: the data lost {sorted(before - now)} and gained {sorted(now - before)}"
+    )
 
 
 TIMES = ("times/batch_loading_cpu", "times/forward_pass", "times/backward_pass")  # seconds
