@@ -384,8 +384,7 @@ class SettingsParser(ArgumentParser):
     def _postprocessing(self, parsed_args: Any) -> Any:
         defaults = vars(TrainConfig())
         for name, text in vars(parsed_args).items():
-            may_be_text = type(defaults.get(name)) in (str, bool, type(None))
-            if may_be_text and text != "null":
+            if type(defaults.get(name)) in (str, bool, type(None)) and text != "null":
                 setattr(parsed_args, name, cfgparsing.save_config(text))
         return super()._postprocessing(parsed_args)
 
@@ -2612,7 +2611,7 @@ def find_checkpoints(folder: Path) -> List[Path]:
     return sorted(folder.glob("last.*pt"))
 
 
-def open_folder(first: Path, resume: Union[bool, str]) -> Tuple[Path, int]:
+def open_folder(first: Path, resume: Any) -> Tuple[Path, int]:
     """`first`, or where it exists `first-2`, `first-3`, ...: a new one. With `resume` the newest
     that holds a checkpoint, or if none does the newest; or the folder that it names. -> folder, and
     the descriptor of a lock on it."""
@@ -2851,6 +2850,13 @@ def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
     )
 
 
+def refuse_games(before: set, now: set) -> None:
+    """Raises the UserError that says which games came or went."""
+    raise UserError(
+        f"cannot resume: the data lost {sorted(before - now)} and gained {sorted(now - before)}"
+    )
+
+
 TIMES = ("times/batch_loading_cpu", "times/forward_pass", "times/backward_pass")  # seconds
 PROGRESS = ("step", "skipped", "evaluated", "best", "wandb_id")  # a Trainer's, kept in last.pt
 
@@ -2937,9 +2943,7 @@ class Trainer:
             was = saved.get(name)
             if name not in MAY_DIFFER and was != value:
                 if name == "games":
-                    gone = sorted(set(was) - set(value))
-                    new = sorted(set(value) - set(was))
-                    raise UserError(f"cannot resume: the data lost {gone} and gained {new}")
+                    refuse_games(set(was), set(value))
                 raise UserError(
                     f"cannot resume: {name} was {was} and is {value}; begin without --resume"
                 )

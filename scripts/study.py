@@ -114,7 +114,10 @@ def make_config(file: Path, *parts: Dict[str, Any], **more: Any) -> TrainConfig:
         if "submission" in values and (folder / values["submission"]).is_file():
             values["submission"] = str(folder / values["submission"])
     return pomdp.parse_config(
-        [f"--{name}={json.dumps(value, default=str)}" for name, value in values.items()]
+        [
+            f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+            for name, value in values.items()
+        ]
     )
 
 

@@ -563,7 +563,7 @@ def test_held_out_games_are_chosen_by_their_names_alone(stores):
 def test_keys_that_are_no_action_are_masked_and_never_a_previous_action(small, tmp_path):
     """A recording whose player pressed keys that are none of the 121 actions. The rewards are there all the same, and
     the network sees the same previous actions wherever chunks are cut."""
-    character, (source, other) = small
+    character, (source, _) = small
     known = play_of(source)
     first = pomdp.find_first_frame(pomdp.read_ttyrec(source.path))
     plain = bytearray(bz2.decompress(Path(source.path).read_bytes()))
@@ -703,7 +703,7 @@ def test_links_to_folders_are_followed_once(small, tmp_path):
 
 
 def test_nothing_to_read_or_nowhere_to_write(small, tmp_path):
-    character, (source, other) = small
+    character, (source, _) = small
     (tmp_path / "empty").mkdir()
     bad, _ = (
         add_game(tmp_path / "bad", "a", source, b"no game"),
@@ -965,7 +965,7 @@ def test_a_store_is_built_again_only_when_its_games_or_its_format_changed(
 
 def test_games_are_the_same_by_what_they_hold(small, tmp_path, monkeypatch):
     """Copied, at another time, compressed otherwise; under another name, or with one key changed, it is another game."""
-    character, (source, other) = small
+    character, (source, _) = small
     plain = bytearray(bz2.decompress(Path(source.path).read_bytes()))
     add_game(tmp_path / "a", "x", source)
     copy = add_game(tmp_path / "b", "x", source, bz2.compress(plain, 1))
@@ -983,7 +983,7 @@ def test_games_are_the_same_by_what_they_hold(small, tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks_costs_a_warning(small, tmp_path, monkeypatch, capsys):
-    character, (source, other) = small
+    character, (source, _) = small
     add_game(tmp_path / "games", "a", source)
 
     def flock(*_):
@@ -1066,7 +1066,7 @@ def test_no_flipped_bit_makes_a_wrong_frame(marked, tmp_path):
 
 def test_runs_that_start_together_build_one_store(small, tmp_path):
     """One builds, the others wait for it and read what it built: the very same files."""
-    character, (source, other) = small
+    character, (source, _) = small
     add_game(tmp_path / "games", "a", source)
     with pomdp.ThreadPoolExecutor(3) as pool:
         states = list(
