@@ -152,7 +152,7 @@ def log_pages(folder: Path, pages: Path, games: Sequence[KeptGame]) -> None:
             for game in games:
                 if game.step == step:
                     text = (pages / game.page).read_text(encoding="utf-8")
-                    name = f"{game.character}/game {game.number}"
+                    name = f"{game.character}/game{game.number}"
                     row[name] = wandb.Html(text, inject=False)
             logger.run.log(row, step=logger.wandb_step + number)
         print(f"wandb: {len(games)} pages in the run {logger.run.id}")
