@@ -9,7 +9,9 @@ normalized score is the mean of the points over AutoAscend's mean for the charac
 geometric mean. Intervals are 95 % bootstrap intervals over the games of all seeds. Differences from the baseline are
 between equal games (same seeds of game and training, same held-out games), bold where the interval leaves out 0. A
 held-out loss is a mean over held-out games, each the mean over seeds, of -log pi(a|s); of a run's folder the mean over
-frames. A study's agents play with the weights of their lowest held-out loss.
+frames. A study's agents play with the weights of their lowest held-out loss. Deepest level and experience level are
+means over games. A second table has why games ended: the commonest causes, in NetHack's words, and their shares; names
+of shopkeepers, pets, gods and of what was eaten are left out, so that like stands with like. Older rows lack all three.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
@@ -40,8 +43,19 @@ HEADER = dict(
     character="character", arm="arm", seeds="seeds", games="games", points="points [95 %]"
 )
 HEADER.update(score="normalized score [95 %]", more_points="points more than {} [95 %]")
+HEADER.update(max_depths="max depth", levels="level")
 HEADER.update(
     loss="held-out loss, nats [95 %]", more_loss="loss more than {} [95 %]", ends=" / ".join(ENDS)
+)
+CAUSES = 5  # shown of each arm
+# What tells apart causes of death that are alike, and what stands for it.
+ALIKE = (
+    (r", while .*", ""),
+    (r"\b(?:Mr\. |Ms\. )?[^ ]+, the shopkeeper", "a shopkeeper"),
+    (r" (?:called|named) .*", ""),  # what a player calls his pet or his sword
+    (r"\bthe ((?:invisible )?ghost) of .*", r"a \1"),
+    (r"\b((?:high )?priest(?:ess)?|wrath|minion|Angel) of .*", r"\1 of a god"),
+    (r"\brotted .* corpse", "rotted corpse"),
 )
 
 
@@ -70,12 +84,19 @@ def read_lines(path: Path) -> List[Row]:
         raise UserError(f"{path} has a line that is not a JSON object") from None
 
 
-def read_games(path: Path) -> Tuple[List[float], Dict[str, int]]:
-    """<step>_<character>_games.csv -> scores in the order of the games, and how many games ended in each way."""
+def read_games(path: Path) -> Row:
+    """<step>_<character>_games.csv -> scores, and what newer files have, in the order of the games;
+    how many games ended in each way."""
     try:
         games = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
         ends = [game["end"] for game in games]
-        return [float(game["score"]) for game in games], {end: ends.count(end) for end in ENDS}
+        found: Row = {"scores": [float(game["score"]) for game in games]}
+        found["ends"] = {end: ends.count(end) for end in ENDS}
+        if games and "cause" in games[0]:
+            found["max_depths"] = [int(game["max_depth"]) for game in games]
+            found["levels"] = [int(game["level"]) for game in games]
+            found["causes"] = [game["cause"] for game in games]
+        return found
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: a line without score or end") from None
 
@@ -117,8 +138,10 @@ def read_folder(folder: Path) -> Row:
     }
     row["algorithm"] = config["name"] if config and stem == folder.name else stem
     row["settings"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    row["scores"] = {character: scores for character, (scores, _) in games.items()}
-    row["ends"] = {character: ends for character, (_, ends) in games.items()}
+    row["scores"] = {}
+    for character, found_games in games.items():
+        for name, values in found_games.items():
+            row.setdefault(name, {})[character] = values
     row["heldout"] = {"loss_per_action": curve[-1][1]} if curve else {}
     return {**row, "curve": curve, "evaluation": {"eval_seed": config.get("eval_seed")}}
 
@@ -188,6 +211,12 @@ def games_of(arm: Arm, character: str) -> Dict[Any, float]:
     }
 
 
+def values_of(arm: Arm, character: str, name: str) -> List[Any]:
+    """Of the games of all rows that have this: one value a game."""
+    rows = rows_of(arm, character)
+    return [value for row in rows for value in row.get(name, {}).get(character, ())]
+
+
 def losses_of(arm: Arm, character: str, seeds: Sequence[int]) -> Dict[Any, float]:
     """{held-out game: loss per action, mean over these seeds}, of games that all of them were scored on."""
     rows = [row for row in rows_of(arm, character) if row["seed"] in seeds]
@@ -247,6 +276,9 @@ def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]
     line["score"] = show(
         estimate(points / AUTOASCEND_MEAN_SCORE[character] for points in games.values()), 4
     )
+    for name in ("max_depths", "levels"):
+        values = values_of(arm, character, name)
+        line[name] = f"{np.mean(values):.1f}" if values else NOTHING
     if baseline:
         line["more_points"] = show(difference(games, games_of(baseline, character)), 1, bold=True)
     if arm.variant == DEFAULT_VARIANT:  # another way to act has the same weights
@@ -316,6 +348,35 @@ def make_table(arms: Sequence[Arm], baseline: str = "ours") -> str:
     cells = [[line.get(name, NOTHING) for name in kept] for line in (header, *lines)]
     cells.insert(1, [":---"] + ["---:"] * (len(kept) - 1))
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def plain_cause(cause: str) -> str:
+    """A cause of death without what tells it from its like."""
+    for pattern, plain in ALIKE:
+        cause = re.sub(pattern, plain, cause)
+    return cause
+
+
+def make_causes(arms: Sequence[Arm]) -> str:
+    """Why games ended, a line for each character and arm; "" where no row has it."""
+    names = [name for arm in arms for row in arm.rows for name in row["characters"]]
+    lines = [["character", "arm", "games", "why they ended"], [":---", ":---", "---:", ":---"]]
+    for character in dict.fromkeys(names):
+        for arm in arms:
+            causes = [plain_cause(cause) for cause in values_of(arm, character, "causes")]
+            if not causes:
+                continue
+            commonest = Counter(causes).most_common(CAUSES)
+            rest = len(causes) - sum(count for _, count in commonest)
+            if rest:
+                commonest.append(("others", rest))
+            shares = [f"{cause} {count / len(causes):.0%}" for cause, count in commonest]
+            lines.append([character, arm.label, str(len(causes)), "; ".join(shares)])
+    if len(lines) == 2:
+        return ""
+    if len(arms) == 1:  # it need not be told from others
+        lines = [[line[0], *line[2:]] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def mean_curve(rows: Sequence[Row]) -> np.ndarray:
@@ -417,6 +478,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 f"no arm is named {args.baseline!r}; there are {', '.join(arm.name for arm in arms)}"
             )
         table = make_table(arms, args.baseline)
+        causes = make_causes(arms)
+        if causes:
+            table += f"\n\n{causes}"
         print(table)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,8 @@ of it: parameters, transitions, best_transitions (seen by the weights that playe
 evaluation_seconds, curve ([transitions, held-out loss, mean training loss since the point before]), heldout (the run's
 metrics; with game_frames on these frames alone), heldout_games (each from its first frame on, with the state carried:
 loss and accuracy up to the last phase's end, and by phase), recorded_scores (points of the recorded games after
-eval_max_steps actions), and by character scores, depths, turns, lengths, ends ("no progress" apart from deaths).
+eval_max_steps actions), and by character scores, depths, max_depths (deepest levels), levels (of experience), turns,
+lengths, causes (of death, in NetHack's words) and ends ("no progress" apart from deaths).
 """
 
 import argparse
@@ -325,13 +326,16 @@ def recorded_scores(store: Any, steps: int) -> List[float]:
 
 
 def read_games(folder: Path, step: int, characters: Sequence[str]) -> Row:
-    """What the evaluation wrote of each game -> {scores, depths, turns, lengths, ends: {character: ...}}."""
-    found: Row = {name: {} for name in ("scores", "depths", "turns", "lengths", "ends")}
+    """What the evaluation wrote of each game -> {scores, depths, ...: {character: ...}}."""
+    counts = ("depth", "turns", "length", "max_depth", "level")
+    names = ["scores", "ends", "causes", *(name.rstrip("s") + "s" for name in counts)]
+    found: Row = {name: {} for name in names}
     for character in characters:
         with open(folder / f"{step}_{character}_games.csv", encoding="utf-8") as file:
             games = list(csv.DictReader(file))
         found["scores"][character] = [float(game["score"]) for game in games]
-        for name in ("depth", "turns", "length"):
+        found["causes"][character] = [game["cause"] for game in games]
+        for name in counts:
             found[name.rstrip("s") + "s"][character] = [int(game[name]) for game in games]
         found["ends"][character] = {end: sum(game["end"] == end for game in games) for end in ENDS}
     return found

@@ -5,12 +5,15 @@
     python scripts/watch.py --game FILE --checkpoint RUN/best.pt                # what would the agent have done?
     python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt     # every 100th frame as text
     python scripts/watch.py --game FILE --html game.html            # a page for a browser
+    python scripts/watch.py --run RUN --html FOLDER                 # pages of the games that a run kept
 
 Beside the game a panel shows the five likeliest actions with their probabilities, the value, the score and the turn.
 Keys: space pauses and goes on, n and b (or right and left) go one step on and back, N and B 100 steps, + and - (or up
 and down) change the speed, q quits. Where this is not run in a terminal, frames are printed one after another.
 With `--html` the game becomes one page instead, which holds all it needs: `game.html#frame=812`
-opens at that frame.
+opens at that frame. With `--run` the games that an evaluation kept (its setting `eval_replays`)
+become pages in a folder, with an index.html; `--wandb` adds them to the run in wandb, which is
+logged to as when it was made: offline without a key.
 
 The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if
 left out), `--number` its game; an evaluation with other settings than the checkpoint's needs those
@@ -44,6 +47,7 @@ from nle import nethack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import html_page
+import run_pages
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NO_ACTION, ROWS, UNKNOWN_KEY, UserError
@@ -89,6 +93,11 @@ class Actor:
         )
         self.value = float(value[self.row, -1])
         return logits, value
+
+    def forget(self) -> None:
+        """Another game begins: nothing of those before may enter it."""
+        self.state, self.tick = None, 0
+        self.previous[:] = NO_ACTION
 
     def act(self, obs: Dict[str, np.ndarray]) -> int:
         for name, array in self.obs.items():
@@ -343,10 +352,40 @@ def write_html(args: argparse.Namespace, views: Views, title: str) -> View:
     names = [action_name(action) for action in range(pomdp.NUM_ACTIONS)]
     if args.checkpoint:
         title += f" ({'/'.join(Path(args.checkpoint).parts[-2:])})"
-    content = page.make(title, names, agent=not args.game, speed=args.speed)
+    by_agent = not args.game or args.run is not None
+    content = page.make(title, names, agent=by_agent, speed=args.speed)
     pomdp.write_atomically(Path(args.html), content)
     print(f"{args.html}: {len(page):,} frames, {len(content):,} bytes")
     return view
+
+
+def write_run(args: argparse.Namespace, actor: Optional[Actor]) -> None:
+    """Pages of the games that a run kept, and their index. Games that cannot be read are left out
+    and named."""
+    folder, pages = Path(args.run), Path(args.html)
+    games = []
+    for game in run_pages.kept_games(folder, args.all):
+        one = argparse.Namespace(**vars(args))
+        one.game, one.html = str(game.path), str(pages / game.page)
+        title = f"{game.character}, game {game.number} at step {game.step:,} of {folder.name}"
+        if actor is not None:
+            actor.forget()
+        try:
+            pages.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(recorded_game(one.game, actor, args.max_steps)) as views:
+                write_html(one, views, title)
+            games.append(game)
+        except OSError as error:
+            raise UserError(f"cannot write to {pages}: {error.strerror}") from None
+        except UserError as error:
+            pomdp.warn(f"left out: {error}")
+    if not games:
+        raise UserError(f"there is no game to show in {folder}")
+    title = f"Games of {folder.resolve().name}"
+    pomdp.write_atomically(pages / "index.html", run_pages.make_index(title, games))
+    print(f"{pages / 'index.html'}: {len(games)} games")
+    if args.wandb:
+        run_pages.log_pages(folder, pages, games)
 
 
 # --- the command line
@@ -388,7 +427,14 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add("--speed", type=float, default=10.0, help="steps a second (default: %(default)s)")
     add("--every", type=int, default=1, help="print every so many frames (default: %(default)s)")
-    add("--html", metavar="PAGE.html", help="write a page for a browser instead")
+    add(
+        "--html", metavar="PAGE.html", help="write a page for a browser instead; a folder for --run"
+    )
+    add(
+        "--run", metavar="RUN_DIR", help="folder of a run or an evaluation: pages of its kept games"
+    )
+    add("--all", action="store_true", help="of all its evaluations, not of the newest alone")
+    add("--wandb", action="store_true", help="also log these pages to the run in wandb")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--submission", help="the submission's file, if the checkpoint is of one and it has moved")
     return parser.parse_args(argv)
@@ -404,13 +450,19 @@ def run(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if not args.checkpoint and not args.game:
+    if args.run and (args.game or not args.html):
+        raise UserError("--run RUN_DIR needs --html FOLDER, and takes no --game")
+    if (args.wandb or args.all) and not args.run:
+        raise UserError("--wandb and --all go with --run RUN_DIR")
+    if not args.checkpoint and not args.game and not args.run:
         raise UserError("nothing to watch: give --checkpoint FILE, --game FILE or both")
     if args.game and not Path(args.game).is_file():
         raise UserError(f"there is no recorded game {args.game}")
-    if args.html and (Path(args.html).is_dir() or not os.access(Path(args.html).parent, os.W_OK)):
-        raise UserError(f"cannot write {args.html}: --html takes a file in a folder that is there")
-    actor, title = None, "/".join(Path(str(args.game)).parts[-2:])
+    page = None if args.run else args.html
+    if page and (Path(page).is_dir() or not os.access(Path(page).parent, os.W_OK)):
+        raise UserError(f"cannot write {page}: --html takes a file in a folder that is there")
+    actor: Optional[Actor] = None
+    title = "/".join(Path(str(args.game)).parts[-2:])
     if args.checkpoint:
         names = (
             "device",
@@ -425,10 +477,13 @@ def run(args: argparse.Namespace) -> None:
         algorithm, config, _ = pomdp.load_agent(args.checkpoint, **given)
         slots = (
             (1, 0)
-            if args.game
+            if args.game or args.run
             else (-(-config.eval_processes // 8) * 8, args.number % config.eval_processes)
         )
         actor = Actor(algorithm.model, pomdp.choose_device(config), config.eval_seed, *slots)
+    if args.run:
+        write_run(args, actor)
+        return
     if args.game:
         views = recorded_game(args.game, actor, args.max_steps)
     else:

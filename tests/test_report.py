@@ -137,6 +137,81 @@ def test_columns_that_say_nothing_are_left_out():
     )
 
 
+# --- why games ended
+ALIKE = {
+    "killed by a newt": ["killed by a newt", "killed by a newt, while praying"],
+    "killed by a jackal": ["killed by a jackal"],
+    "killed by a shopkeeper": [
+        "killed by Ms. Oz, the shopkeeper, while helpless",
+        "killed by Asidonhopo, the shopkeeper",
+    ],
+    "killed by a kitten": ["killed by a kitten called Sir Purr, the second", "killed by a kitten"],
+    "killed by a ghost": ["killed by the ghost of Agent"],
+    "killed by an invisible stalker": ["killed by an invisible stalker"],
+    "killed by the wrath of a god": ["killed by the wrath of Chih Sung-tzu"],
+    "killed by a priest of a god": ["killed by a priest of Anhur"],
+    "poisoned by a rotted corpse": [
+        "poisoned by a rotted gnome lord corpse",
+        "poisoned by a rotted newt corpse",
+    ],
+    "choked on a food ration": ["choked on a food ration"],
+    "no progress": ["no progress"],
+}
+
+
+@pytest.mark.parametrize("plain", ALIKE)
+def test_causes_that_are_alike_are_one(plain):
+    assert {report.plain_cause(cause) for cause in ALIKE[plain]} == {plain}
+
+
+def test_causes_by_share_and_how_deep_beside_points():
+    """Of both seeds' games; the commonest few, then the rest together. An older row has none."""
+    causes = ["killed by a newt"] * 9 + ["killed by a newt, while praying", "starvation"]
+    more = [*["step limit"] * 4, "a", "b", "c", "b", "c", "d"]
+    rows = [row(scores=[1.0] * 11, causes={MONK: causes})]
+    rows[0].update(max_depths={MONK: [1, 2, 3] + [4] * 8}, levels={MONK: [1] * 10 + [9]})
+    rows.append(row(seed=2, scores=[1.0] * 10, causes={MONK: more}))
+    assert report.make_causes(report.collect(rows)).splitlines() == [
+        "| character | games | why they ended |",
+        "| :--- | ---: | :--- |",
+        f"| {MONK} | 21 | killed by a newt 48%; step limit 19%; b 10%; c 10%; starvation 5%; others 10% |",
+    ]
+    rows.append(row("bc"))
+    cells = table_of(rows)
+    assert cells[MONK, "ours"]["max depth"] == f"{38 / 11:.1f}"
+    assert cells[MONK, "ours"]["level"] == f"{19 / 11:.1f}"
+    assert cells[MONK, "bc"]["max depth"] == cells[MONK, "bc"]["level"] == report.NOTHING
+    (line,) = report.make_causes(report.collect(rows)).splitlines()[2:]
+    assert line.startswith(f"| {MONK} | ours | 21 | killed by a newt 48%")
+
+
+def test_older_rows_look_as_they_did(tmp_path, capsys):
+    assert report.make_causes(report.collect([row(), row("bc")])) == ""
+    assert not {"max depth", "level"} & next(iter(table_of([row()]).values())).keys()
+    (tmp_path / "metrics.jsonl").touch()
+    older = "character,game,score,depth,turns,length,end,normalized_score,core_seed,disp_seed\n"
+    path = tmp_path / f"7_{MONK}_games.csv"
+    path.write_text(f"{older}{MONK},0,670,1,5872,7079,died,0.0384,680652266,587125654\n")
+    assert report.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "| 670.0 [670.0, 670.0] |" in said and "level" not in said and "why" not in said
+
+
+def test_a_folder_s_causes_are_those_of_its_file(tmp_path, capsys):
+    played = [
+        (0, 5.0, 1, 10, 50, "died", 2, 3, "killed by Ms. Oz, the shopkeeper"),
+        (1, 7.0, 1, 10, 50, "no progress", 3, 1, "no progress"),
+    ]
+    results = [pomdp.GameResult(*values) for values in played]
+    pomdp.save_games(tmp_path / f"7_{MONK}", MONK, results, 50)
+    (tmp_path / "metrics.jsonl").touch()
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"\n| {MONK} | 2 | killed by a shopkeeper 50%; no progress 50% |\n" in said
+    assert "| max depth | level |" in said and "| 2.5 | 2.0 |" in said
+    assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == said
+
+
 def test_rows_of_other_settings_are_never_put_together():
     arms = report.collect(
         [row(), row(settings="other"), row(study="second"), row("bc"), row(variant="argmax")]

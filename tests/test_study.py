@@ -25,6 +25,7 @@ GAMES, STUDIES, MONK = (
 KEYS = "study algorithm variant seed characters settings config evaluation commit script_sha256 submission_sha256 command"
 KEYS += " hardware versions rnn_hidden_dim parameters data transitions best_transitions wall_seconds evaluation_seconds"
 KEYS += " heldout heldout_games recorded_scores curve scores depths turns lengths ends"
+KEYS += " max_depths levels causes"
 BASE = """
 {name: small, characters: [mon-hum-neu, val-hum-neu], seeds: [1, 2], games: 2, phases: [100, 300],
  base: {rnn_hidden_dim: 16, update_steps: 3, batch_size: 4, seq_len: 8, log_every: 1, eval_every: 2,
@@ -117,9 +118,9 @@ def test_rows_tell_what_they_come_from(small, recorded_games):
         )
         assert sum(row["data"][MONK][part]["games"] for part in ("training", "heldout")) == 5
         games = row["evaluation"]["games"]
-        assert [len(row[name][MONK]) for name in ("scores", "depths", "turns", "lengths")] == [
-            games
-        ] * 4
+        for name in ("scores", "depths", "turns", "lengths", "max_depths", "levels"):
+            assert len(row[name][MONK]) == games
+        assert row["causes"][MONK] == ["step limit"] * games
         assert (
             row["ends"][MONK] == {"died": 0, "no progress": 0, "step limit": games}
             and row["lengths"][MONK][0] == 30
@@ -159,6 +160,9 @@ def test_rows_hold_the_numbers_of_the_run_and_of_its_best_weights(small):
         ("depths", "depth"),
         ("turns", "turns"),
         ("lengths", "length"),
+        ("max_depths", "max_depth"),
+        ("levels", "level"),
+        ("causes", "cause"),
     ):
         assert row[plural][MONK] == [getattr(result, name) for result in results]
 
