@@ -5,12 +5,15 @@
     python scripts/watch.py --game FILE --checkpoint RUN/best.pt                # what would the agent have done?
     python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt     # every 100th frame as text
     python scripts/watch.py --game FILE --html game.html            # a page for a browser
+    python scripts/watch.py --game PLAYER/2019-07-25.22_03_29.ttyrec.bz2    # a human's (NLD-NAO)
 
 Beside the game a panel shows the five likeliest actions with their probabilities, the value, the score and the turn.
 Keys: space pauses and goes on, n and b (or right and left) go one step on and back, N and B 100 steps, + and - (or up
 and down) change the speed, q quits. Where this is not run in a terminal, frames are printed one after another.
 With `--html` the game becomes one page instead, which holds all it needs: `game.html#frame=812`
 opens at that frame.
+Recordings before ttyrec3 hold no scores, and those of humans no keys: a step is then a write to the
+terminal. Line graphics are shown as ASCII.
 
 The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if
 left out), `--number` its game; an evaluation with other settings than the checkpoint's needs those
@@ -29,6 +32,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import termios
 import textwrap
 import tty
@@ -41,6 +45,7 @@ from nle import nethack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import html_page
+import human_games
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NO_ACTION, ROWS, UNKNOWN_KEY, UserError
@@ -109,7 +114,7 @@ class View(NamedTuple):
     cursor: np.ndarray  # [2]
     step: int  # actions before this moment
     turn: int
-    score: int
+    score: Optional[int]  # None where a recording does not tell
     action: Optional[int] = None  # pressed here
     probabilities: Optional[np.ndarray] = None  # [A]
     value: Optional[float] = None
@@ -138,8 +143,54 @@ def agent_game(actor: Actor, config: pomdp.TrainConfig, number: int, max_steps: 
         yield View(obs["tty_chars"], obs["tty_colors"], obs["tty_cursor"], *place, note=note)
 
 
+def version_of(path: str) -> int:
+    """Of a recording, by its name and its first records. Raises UserError for what is none."""
+    try:
+        version = human_games.version_of(Path(path))
+        with contextlib.suppress(OSError, EOFError):  # told by whoever reads it next
+            human_games.check_records(Path(path), version)
+    except pomdp.GameError as error:
+        raise UserError(f"{path} cannot be shown: {error}") from None
+    return version
+
+
+def game_of_screens(path: str, version: int, max_steps: int) -> Views:
+    """A recorded game of version 1 or 2, all of its frames."""
+    turn = step = 0
+    view = None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "game.bz2"
+        try:
+            human_games.plain_copy(Path(path), version, copy)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        for part in human_games.read_parts(copy, version):
+            stats = pomdp.read_blstats(part.chars)
+            for t in range(min(len(part.chars), max_steps - step)):
+                if view is not None:
+                    yield view
+                turn = int(stats[t, nethack.NLE_BL_TIME]) or turn  # hidden by a menu: as before
+                screen = (part.chars[t].copy(), part.colors[t].copy(), part.cursor[t].copy())
+                action = int(pomdp.KEY_TO_ACTION[part.keys[t]]) if version == 2 else None
+                view = View(*screen, step, turn, None, action)
+                step += 1
+            if step == max_steps:
+                break
+    if view is None:
+        raise UserError(f"{path} holds no frame of play")
+    yield view._replace(note="the recording ends" if step < max_steps else "")
+
+
 def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Views:
     """A recorded game from the player's first frame; with an actor also what it would have done."""
+    version = version_of(path)
+    if version < 3 and actor is not None:
+        raise UserError(
+            f"{path} lacks the keys or scores that --checkpoint needs: only ttyrec3 has"
+        )
+    if version < 3:
+        yield from game_of_screens(path, version, max_steps)
+        return
     try:
         frames, note = pomdp.read_ttyrec(path), "the game is over"
         first, end = pomdp.find_first_frame(frames), len(frames.chars)
@@ -182,7 +233,7 @@ def panel(view: View, title: str) -> List[str]:
     lines = [
         *textwrap.wrap(title, PANEL),
         f"step  {view.step:<11,}turn  {view.turn:,}",
-        f"score {view.score:<11,}",
+        "score unknown    " if view.score is None else f"score {view.score:<11,}",
     ]
     if view.value is not None:
         lines[-1] += f"value {view.value:+.3f}"
@@ -329,7 +380,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", help="best.pt, last.pt or <step>.pt of a run")
-    add("--game", help="a recorded game, ttyrec3.bz2")
+    add("--game", help="a recorded game: ttyrec3.bz2, ttyrec2.bz2 or ttyrec.bz2")
     add(
         "--character",
         help="whom the agent plays (default: the first that the checkpoint was trained on)",
@@ -415,8 +466,9 @@ def run(args: argparse.Namespace) -> None:
             last = play(views, title, args.start, args.speed)
         else:
             last = print_frames(views, title, args.start, args.every)
+    score = "unknown" if last.score is None else f"{last.score:,}"
     print(
-        f"{title}: step {last.step:,}, turn {last.turn:,}, score {last.score:,}; {last.note or 'not at its end'}"
+        f"{title}: step {last.step:,}, turn {last.turn:,}, score {score}; {last.note or 'not at its end'}"
     )
 
 
