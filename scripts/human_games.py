@@ -158,12 +158,18 @@ def place(
     games: List[Game], files: List[Tuple[int, Path]], left_out: LeftOut
 ) -> List[Tuple[Game, List[Path]]]:
     """Each game of a player with its files."""
-    games = sorted(games)
+    games = sorted(games, key=lambda game: game.start)
     starts = [game.start for game in games]
+    last_ends = list(itertools.accumulate((game.end for game in games), max))  # so far
     placed: List[Tuple[Game, List[Path]]] = [(game, []) for game in games]
     for began, path in files:
         started = bisect.bisect_right(starts, began)
-        under_way = [i for i in range(started) if games[i].end >= began]
+        under_way = []
+        for i in range(started - 1, -1, -1):
+            if last_ends[i] < began:
+                break
+            if games[i].end >= began:
+                under_way.append(i)
         if not under_way and started < len(games) and starts[started] - EARLY <= began:
             under_way = [started]
         if len(under_way) == 1:
