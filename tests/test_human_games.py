@@ -23,6 +23,7 @@ import custom_nethack_pomdp as pomdp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+import html_page
 import human_games
 import inspect_data
 import watch
@@ -133,6 +134,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         return most
 
     assert peak(5000) < 1.1 * peak(300)
+
+
+def test_the_cursor_stays_on_the_screen(tmp_path):
+    """NLE's converter has a column more in version 1."""
+    path = write(tmp_path / "a.ttyrec.bz2", b"\x1b[24;1H" + 80 * b"x", b"\x1b[H", b"")
+    assert read(path).cursor.tolist() == [[23, 79], [0, 0]]
+    assert read(path).chars[0, 23].tobytes() == 80 * b"x"
 
 
 ROW = b"\x1b[2;1H"  # where the drawing goes
@@ -339,6 +347,18 @@ def test_watching_all_versions(played, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count("score unknown") == 6 and "key   " in shown
     assert sorted(tmp_path.iterdir()) == [tmp_path / "game.html"]
+
+
+def test_a_page_of_a_game_without_keys_and_scores(played):
+    """They are not taken for an end of the game and a score of 0."""
+    page = html_page.Page()
+    for view in watch.recorded_game(str(played[1][1]), None, 10**6):
+        page.see(view)
+        page.add(view)
+    ends = [mark for mark in page.marks if mark[2] == "end"]
+    assert [(frame, text) for frame, _, _, text in ends] == [(len(page) - 1, "the recording ends")]
+    scores = np.concatenate(page.columns["score"])
+    assert (scores == -1).all() and (np.concatenate(page.columns["action"]) == -1).all()
 
 
 def test_a_recording_that_breaks_off_is_shown_so_far(played, tmp_path):
