@@ -213,12 +213,16 @@ def layout(tmp_path):
         "Ada/2019-07-25.22_03_29": 5,
         "bob/2019-07-25.22_03_29": 2,
         "bob/2019-07-27.12_00_00": 2,  # during two games
+        "bob/2019-07-28.10_00_00": 2,  # during the longer one, after the other
         "bob/2019-07-25.22_04_00": 2,  # blacklisted
         "bob/notes": 1,
         "Cyd/2019-07-25.22_03_29": 2,  # no line names her
     }
     for name, frames in files.items():
         contents = [b"\x1b[2J", STATUS, *[b"\x1b[5;5H@"] * (frames - 1)]
+        if frames == 5:
+            contents[3] = b"\x1b[23;1H\x1b[K"  # a menu hides the first line, then the other one
+            contents[4] = STATUS + b"\x1b[24;1H\x1b[K"
         write(root / f"{name}.ttyrec.bz2", *contents)
     (root / "blacklist.txt").write_text("bob/2019-07-25.22_04_00.ttyrec.bz2")
     old = xlog("ada", "2009-02-05T10:35:51", "2009-02-06T09:00:00", ":", death="quit")
@@ -238,10 +242,11 @@ def test_games_are_joined_by_player_and_time(layout):
     assert found == [
         ("Ada, 2019-07-25 22:03:31", 2019, ["2019-07-25"]),
         ("Bob, 2019-07-25 22:03:31", 2019, ["2019-07-25"]),
+        ("Bob, 2019-07-26 12:00:00", 2019, ["2019-07-28"]),
         ("ada, 2009-02-05 10:35:51", 2009, ["2009-02-05", "2009-02-06"]),
     ]
-    assert [game.character for game in games] == ["wiz-hum-neu", "val-hum-neu", "val-hum-neu"]
-    newest, oldest = games[0], games[2]
+    assert [game.character for game in games] == ["wiz-hum-neu", *["val-hum-neu"] * 3]
+    newest, oldest = games[0], games[3]
     assert (newest.version, newest.death) == ("3.6.2", "killed by a newt, while ill")
     assert (oldest.version, oldest.points, oldest.turns, oldest.max_depth) == (
         "3.4.3",
@@ -260,7 +265,7 @@ def test_games_are_joined_by_player_and_time(layout):
             "Ada/2009-02-08.08_00_00.ttyrec.bz2",
             "Cyd/2019-07-25.22_03_29.ttyrec.bz2",
         ],
-        "games without a file": ["Bob, 2019-07-26 12:00:00", "Bob, 2019-07-27 11:00:00"],
+        "games without a file": ["Bob, 2019-07-27 11:00:00"],
         "lines without a player, a start and an end": [
             f"xlogfile.nh362, line {number}" for number in (5, 6, 7)
         ],
@@ -304,12 +309,12 @@ def test_inspect_data_tells_of_human_games(layout, capsys):
     (told,) = json.loads(capsys.readouterr().out)
     assert told["years"] == [
         {"year": 2009, "games": 1, "files": 2, "frames": 7, "frames_read": 5},
-        {"year": 2019, "games": 2, "files": 2, "frames": 7, "frames_read": 5},
+        {"year": 2019, "games": 3, "files": 3, "frames": 9, "frames_read": 4},
     ]
     (layout / "bob" / "2019-07-25.22_03_29.ttyrec.bz2").write_bytes(b"rubbish")
     assert inspect_data.main([str(layout)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ["all", "3", "4", "12", "75.0%"] in [line.split() for line in lines]
+    assert ["all", "4", "5", "14", "57.1%"] in [line.split() for line in lines]
     assert any(re.search("left out: 1 files that cannot be read: .*bob", line) for line in lines)
     assert inspect_data.main([str(layout), "--character", "wiz-hum-neu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["frames"] == 5
