@@ -753,12 +753,13 @@ ATTRIBUTES = re.compile(
     rb"\s+(Lawful|Neutral|Chaotic)?"
 )
 VITALS = re.compile(
-    # depth, level of the quest, or the name of a place
-    rb"^(?:Dl(?:vl)?:(-?\d+)|Home (\d+)|(Fort Ludios|Earth|Air|Fire|Water|Astral Plane))\s+"
+    # depth, level of the quest, or the name of a place; NetHack 3.4.3 pads numbers by blanks
+    rb"^(?:Dl(?:vl)?:(-?\d+)|Home (\d+)|"
+    rb"(Fort Ludios|Earth|Air|Fire|Water|Astral Plane|End Game))\s+"
     # gold, hit points, maximum, energy, maximum, armour class
-    rb"\S:(\d+) HP:(-?\d+)\((\d+)\) Pw:(-?\d+)\((\d+)\) AC:(-?\d+)\s+"
+    rb"\S?:(\d+)\s+HP:(-?\d+)\((\d+)\) Pw:(-?\d+)\((\d+)\) AC:(-?\d+)\s+"
     # experience level and points, or hit dice; turn; words
-    rb"(?:Xp:(\d+)(?:/(\d+))?|HD:(\d+))(?: T:(\d+))?(.*)$"
+    rb"(?:(?:Xp|Exp):(\d+)(?:/(\d+))?|HD:(\d+))(?: T:(\d+))?(.*)$"
 )
 VITALS_INDICES = [  # of these numbers in blstats, the place's name left out
     nethack.NLE_BL_DEPTH,
@@ -1017,12 +1018,21 @@ def find_end_of_play(frames: Frames) -> int:
     return end
 
 
+def ends_undone(path: str, key: str) -> bool:
+    """Whether the last `dones` of a Katakomba game is false: then it was not played to its end."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        dones = file[key].get("dones")
+        return dones is not None and not dones[-1]
+
+
 # ESC, ESC, #quit and its answer: how record_games.py and others quit a game
 QUIT_ACTIONS = KEY_TO_ACTION[[27, 27, int(nethack.Command.QUIT), ord("y")]]
 
 
 # --- the chunk store of a character's games: index.npz and frames.bin in one folder
-STORE_FORMAT = 5
+STORE_FORMAT = 6
 BLOCK = 64  # frames compressed together: more make the store smaller, and reading slower
 BYTES_A_WORKER = 4_000_000  # of recordings, for which a process of its own is worth its start
 ZSTD_LEVEL = 3  # smaller than level 1 and as fast to write; level 6 takes three times as long
@@ -1051,12 +1061,19 @@ def encode_game(source: GameSource) -> EncodedGame:
     try:
         frames = read_hdf5(source.path, source.key) if source.key else read_ttyrec(source.path)
         first = find_first_frame(frames)
-        end = find_end_of_play(frames)
+        is_cut = source.was_quit
+        try:
+            end = find_end_of_play(frames)
+        except GameError:
+            is_cut = bool(source.key) and ends_undone(source.path, source.key)
+            if not is_cut:
+                raise
+            end = len(frames.chars) - 1
         while source.was_quit and np.array_equal(frames.actions[end - 4 : end], QUIT_ACTIONS):
             end -= 4
         if first >= end:
             raise GameError("it holds no frame of play")
-        end += source.was_quit  # from the frame after a cut the value before it is bootstrapped
+        end += is_cut  # from the frame after a cut the value before it is bootstrapped
     except UNREADABLE as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         return EncodedGame([], {}, problem)
@@ -1085,7 +1102,7 @@ def encode_game(source: GameSource) -> EncodedGame:
     columns = dict(
         names=source.name,
         frames=n,
-        is_cut=source.was_quit,
+        is_cut=is_cut,
         identities=f"{source.name}, {n} frames, checksum {checksum:08x}",
         block_sizes=[len(block) for block in blocks],
         block_checksums=[zlib.crc32(block) for block in blocks],  # quicker than zstandard's own
@@ -1155,6 +1172,12 @@ def find_nld_games(root: Path, character: str) -> Tuple[List[GameSource], List[s
     return sorted(games.values()), problems
 
 
+def holds_human_games(root: Path) -> bool:
+    """Whether a folder is laid out as alt.org's (NLD-NAO): a folder a player, recordings of screens
+    alone in them."""
+    return any(Path(root).glob("*/*.ttyrec.bz2"))
+
+
 def find_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]:
     """The character's games in a folder or file, and what is none. Raises UserError where there is
     nothing to read."""
@@ -1170,6 +1193,11 @@ def find_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]
         games = [GameSource(f"{hdf5.name}/{key}", str(hdf5), key, *stat) for key in keys]
     else:
         games, problems = find_nld_games(root, character)
+    if not games and holds_human_games(root):
+        raise UserError(
+            f"{root} holds human games, whose keys are unknown: scripts/label_games.py makes games "
+            "to train on of them"
+        )
     if not games:
         raise UserError(
             f"no games of {character} in {root}. --data_path takes NLD-AA's folder, Katakomba's "

@@ -32,7 +32,7 @@ KINDS = {
     "cursor": np.uint16,  # [n]: its cell
     "step": np.int32,  # [n] actions before this moment
     "turn": np.int32,  # [n]
-    "score": np.int32,  # [n]
+    "score": np.int32,  # [n]: -1 where the recording does not tell
     "hp": np.int16,  # [n]
     "hp_max": np.int16,  # [n]: 0 where no status line has been seen yet
     "depth": np.int8,  # [n]
@@ -98,7 +98,7 @@ class Page:
             if said and said != self.said[kind]:
                 self._mark(view, kind, said.decode())
             self.said[kind] = said
-        over = view.action is None
+        over = view.action is None and view.note != ""
         if over and not self.over and not self.said["end"]:
             self._mark(view, "end", view.note)
         self.over = over
@@ -124,6 +124,9 @@ class Page:
         action = -1
         if view.action is not None:
             action = view.action
+        score = -1
+        if view.score is not None:
+            score = view.score
         row, column = view.cursor.tolist()
         frame = {
             "changed": len(cells),
@@ -133,7 +136,7 @@ class Page:
             "cursor": row * pomdp.COLS + column,
             "step": view.step,
             "turn": view.turn,
-            "score": view.score,
+            "score": score,
             "hp": self.stats[10],
             "hp_max": self.stats[11],
             "depth": self.stats[12],

@@ -4,27 +4,35 @@
     python scripts/inspect_data.py DATA_DIR --character mon-hum-neu --json
 
 DATA_DIR is what `--data_path` takes: an NLD-AA folder, Katakomba's .hdf5 file or a folder of them, or a chunk store.
+Or it holds human games in alt.org's layout (NLD-NAO, scripts/human_games.py): games are joined from
+their files, and every file is read once, for its frames and the share of them whose status lines can be
+read. Where menus, or what stands before and after a game, hide a line, it cannot.
 Games are read as training reads them, by building their chunk store under `--store_path`: the next run finds it there.
 Scores are differences of the game's score from the player's first frame to its last. Held out is what a run with the
 default `heldout_share` never trains on. --json tells of every game.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import re
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import human_games
+
 import custom_nethack_pomdp as pomdp
 
 LISTED = ("frames", "score", "turns", "depth")
+NAMED = 3  # of what is left out for one reason; --json names all
 
 
 def characters_in(root: Path) -> List[str]:
@@ -86,6 +94,71 @@ def table(told: Dict[str, Any]) -> str:
     return "\n".join(lines + [f"  left out: {reason}" for reason in told["skipped"]])
 
 
+# --- human games
+def count_frames(path: Path) -> Tuple[int, int, str]:
+    """Frames of a recording, those of them whose status lines are read, and why there are none."""
+    frames = read = 0
+    try:
+        for part in human_games.read_parts(path):
+            stats = pomdp.read_blstats(part.chars)
+            frames += len(stats)
+            shown = (stats[:, pomdp.nethack.NLE_BL_HPMAX] > 0) & (
+                stats[:, pomdp.nethack.NLE_BL_STR125] > 0
+            )
+            read += int(shown.sum())
+    except pomdp.UNREADABLE as error:
+        return frames, read, str(error)
+    return frames, read, "" if frames else "it holds no frame"
+
+
+def describe_human_games(root: Path, characters: Optional[List[str]]) -> Dict[str, Any]:
+    """Of alt.org's layout: files, games and frames by years. Takes as long as decoding all files."""
+    games, left_out = human_games.find_games(root)
+    if characters is not None:
+        games = [game for game in games if game.character in characters]
+    if not games:
+        whose = f" of {', '.join(characters)}" if characters else ""
+        reasons = ", ".join(f"{len(names):,} {why}" for why, names in sorted(left_out.items()))
+        raise pomdp.UserError(f"no human games{whose} in {root}; left out: {reasons or 'nothing'}")
+    years: Dict[int, Dict[str, int]] = collections.defaultdict(lambda: collections.defaultdict(int))
+    files = [path for game in games for path in game.files]
+    with ThreadPoolExecutor(pomdp.CORES) as pool:  # NLE's decoder lets other threads run
+        counted = pool.map(count_frames, files)
+        bar = pomdp.progress(iterable=counted, total=len(files), desc="human games")
+        told = dict(zip(files, bar))
+    for game in games:
+        year = years[game.year]
+        year["games"] += 1
+        for path in game.files:
+            frames, read, problem = told[path]
+            year["files"] += 1
+            year["frames"] += frames
+            year["frames_read"] += read
+            if problem:
+                left_out.setdefault("files that cannot be read", []).append(f"{path}: {problem}")
+    by_year = [{"year": year, **years[year]} for year in sorted(years)]
+    totals = {name: sum(year[name] for year in years.values()) for name in HUMAN_COLUMNS}
+    return {"human_games": str(root), **totals, "years": by_year, "left_out": left_out}
+
+
+HUMAN_COLUMNS = ("games", "files", "frames", "frames_read")
+
+
+def human_table(told: Dict[str, Any]) -> str:
+    lines = [f"{told['human_games']}: human games (alt.org's layout), without keys"]
+    lines.append(
+        "  {:8s}{:>12}{:>12}{:>14}{:>20}".format("", *HUMAN_COLUMNS[:3], "status lines read")
+    )
+    for row in [*told["years"], {**told, "year": "all"}]:
+        share = row["frames_read"] / max(1, row["frames"])
+        numbers = "{games:12,}{files:12,}{frames:14,}".format(**row)
+        lines.append(f"  {row['year']:<8}{numbers}{share:20.1%}")
+    for why, names in sorted(told["left_out"].items()):
+        more = ", ..." if len(names) > NAMED else ""
+        lines.append(f"  left out: {len(names):,} {why}: {', '.join(names[:NAMED])}{more}")
+    return "\n".join(lines)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,9 +176,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Prints what there is -> exit status: 2 where a character's games could not be read."""
     root = pomdp.expand(args.folder)
-    characters = (
-        pomdp.TrainConfig(args.character).characters if args.character else characters_in(root)
-    )
+    chosen = pomdp.TrainConfig(args.character).characters if args.character else None
+    if pomdp.holds_human_games(root):
+        human = describe_human_games(root, chosen)
+        print(json.dumps([human], indent=1) if args.json else human_table(human))
+        return 0
+    characters = chosen or characters_in(root)
     if not characters:
         kinds = "neither an xlogfile (NLD-AA), nor data-<character>-any.hdf5, nor a store"
         raise pomdp.UserError(f"no games in {root}: {kinds}")

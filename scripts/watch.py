@@ -6,6 +6,7 @@
     python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt     # every 100th frame as text
     python scripts/watch.py --game FILE --html game.html            # a page for a browser
     python scripts/watch.py --run RUN --html FOLDER                 # pages of the games that a run kept
+    python scripts/watch.py --game PLAYER/2019-07-25.22_03_29.ttyrec.bz2    # a human's (NLD-NAO)
 
 Beside the game a panel shows the five likeliest actions with their probabilities, the value, the score and the turn.
 Keys: space pauses and goes on, n and b (or right and left) go one step on and back, N and B 100 steps, + and - (or up
@@ -14,6 +15,9 @@ With `--html` the game becomes one page instead, which holds all it needs: `game
 opens at that frame. With `--run` the games that an evaluation kept (its setting `eval_replays`)
 become pages in a folder, with an index.html; `--wandb` adds them to the run in wandb, which is
 logged to as when it was made: offline without a key.
+opens at that frame.
+Recordings before ttyrec3 hold no scores, and those of humans no keys: a step is then a write to the
+terminal. Line graphics are shown as ASCII.
 
 The agent's game is the one that evaluation plays: `--seed` is its eval_seed (the checkpoint's if
 left out), `--number` its game; an evaluation with other settings than the checkpoint's needs those
@@ -24,17 +28,15 @@ which it begins. The value is in rewards of training: differences of the score o
 """
 
 import argparse
-import bz2
 import contextlib
 import inspect
 import itertools
 import os
-import re
 import select
 import shutil
 import signal
-import struct
 import sys
+import tempfile
 import termios
 import textwrap
 import tty
@@ -47,6 +49,7 @@ from nle import nethack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import html_page
+import human_games
 import run_pages
 
 import custom_nethack_pomdp as pomdp
@@ -121,7 +124,7 @@ class View(NamedTuple):
     cursor: np.ndarray  # [2]
     step: int  # actions before this moment
     turn: int
-    score: int
+    score: Optional[int]  # None where a recording does not tell
     action: Optional[int] = None  # pressed here
     probabilities: Optional[np.ndarray] = None  # [A]
     value: Optional[float] = None
@@ -150,31 +153,56 @@ def agent_game(actor: Actor, config: pomdp.TrainConfig, number: int, max_steps: 
         yield View(obs["tty_chars"], obs["tty_colors"], obs["tty_cursor"], *place, note=note)
 
 
-def check_recording(path: str) -> None:
-    """Raises UserError for what is no ttyrec3.bz2: NLE would show another version's bytes as keys
-    and scores. Each record has seconds, microseconds, length and channel (0 screen, 1 key, 2
-    score); version 1 has no channel."""
-    mistake = UserError(f"{path} is no ttyrec3.bz2, which alone can be shown")
-    if re.search(r"\.ttyrec(?!3)", Path(path).name):
-        raise mistake
-    decoder = bz2.BZ2Decompressor()
+def version_of(path: str) -> int:
+    """Of a recording, by its name and its first records. Raises UserError for what is none."""
     try:
-        content = decoder.decompress(Path(path).read_bytes())
+        version = human_games.version_of(Path(path))
+        with contextlib.suppress(EOFError):  # it breaks off: what there is of it can be seen
+            human_games.check_records(Path(path), version)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    lengths = {1: 1, 2: 4}  # bytes of a key, of a score
-    position = 0
-    while position + 13 <= len(content):
-        _, micro, length, channel = struct.unpack_from("<iiiB", content, position)
-        known = channel in (0, 1, 2) and length == lengths.get(channel, length)
-        if not known or length < 0 or not 0 <= micro < 10**6:
-            raise mistake
-        position += 13 + length
+    except pomdp.GameError as error:
+        raise UserError(f"{path} cannot be shown: {error}") from None
+    return version
+
+
+def game_of_screens(path: str, version: int, max_steps: int) -> Views:
+    """A recorded game of version 1 or 2, all of its frames."""
+    turn = step = 0
+    view = None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "game.bz2"
+        try:
+            human_games.plain_copy(Path(path), version, copy)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        for part in human_games.read_parts(copy, version):
+            stats = pomdp.read_blstats(part.chars)
+            for t in range(min(len(part.chars), max_steps - step)):
+                if view is not None:
+                    yield view
+                turn = int(stats[t, nethack.NLE_BL_TIME]) or turn  # hidden by a menu: as before
+                screen = (part.chars[t].copy(), part.colors[t].copy(), part.cursor[t].copy())
+                action = int(pomdp.KEY_TO_ACTION[part.keys[t]]) if version == 2 else None
+                view = View(*screen, step, turn, None, action)
+                step += 1
+            if step == max_steps:
+                break
+    if view is None:
+        raise UserError(f"{path} holds no frame of play")
+    yield view._replace(note="the recording ends" if step < max_steps else "")
 
 
 def recorded_game(path: str, actor: Optional[Actor], max_steps: int) -> Views:
     """A recorded game from the player's first frame; with an actor also what it would have done."""
-    check_recording(path)
+    version = version_of(path)
+    if version < 3 and actor is not None:
+        raise UserError(
+            f"{path} lacks the keys or scores that --checkpoint needs: only ttyrec3 has"
+        )
+    if version < 3:
+        yield from game_of_screens(path, version, max_steps)
+        return
     try:
         frames, note = pomdp.read_ttyrec(path), "the game is over"
     except pomdp.UNREADABLE as error:
@@ -218,7 +246,7 @@ def panel(view: View, title: str) -> List[str]:
     lines = [
         *textwrap.wrap(title, PANEL),
         f"step  {view.step:<11,}turn  {view.turn:,}",
-        f"score {view.score:<11,}",
+        "score unknown    " if view.score is None else f"score {view.score:<11,}",
     ]
     if view.value is not None:
         lines[-1] += f"value {view.value:+.3f}"
@@ -395,7 +423,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", help="best.pt, last.pt or <step>.pt of a run")
-    add("--game", help="a recorded game, ttyrec3.bz2")
+    add("--game", help="a recorded game: ttyrec3.bz2, ttyrec2.bz2 or ttyrec.bz2")
     add(
         "--character",
         help="whom the agent plays (default: the first that the checkpoint was trained on)",
@@ -497,8 +525,9 @@ def run(args: argparse.Namespace) -> None:
             last = play(views, title, args.start, args.speed)
         else:
             last = print_frames(views, title, args.start, args.every)
+    score = "unknown" if last.score is None else f"{last.score:,}"
     print(
-        f"{title}: step {last.step:,}, turn {last.turn:,}, score {last.score:,}; {last.note or 'not at its end'}"
+        f"{title}: step {last.step:,}, turn {last.turn:,}, score {score}; {last.note or 'not at its end'}"
     )
 
 

@@ -239,6 +239,9 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 130, 300)
 UNKNOWN = 7  # every so many frames a key that is no action
 
 
+KATAKOMBA = ("tty_chars", "tty_colors", "tty_cursor", "actions")
+
+
 def write_hdf5(path, games):
     """A group a game."""
     with h5py.File(path, "w") as file:
@@ -775,6 +778,7 @@ def test_damaged_hdf5(small, katakomba, tmp_path, capsys):
     }
     games["a"].pop("tty_colors")
     games["d"] = {name: values[: len(values) // 2] for name, values in whole.items()}
+    games["d"]["dones"] = np.arange(len(games["d"]["dones"])) == len(games["d"]["dones"]) - 1
     games["e"] = {name: values[:0] for name, values in whole.items()}
     games["f"] = {**whole, "tty_chars": whole["tty_chars"][:, :10]}
     write_hdf5(path, games)
@@ -813,6 +817,32 @@ def test_a_file_that_another_writes_to_says_what_to_do(small, katakomba, tmp_pat
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="HDF5_USE_FILE_LOCKING=FALSE"):
             store_of(path, tmp_path, small[0])
+
+
+def test_an_hdf5_game_that_is_not_done_is_cut(small, katakomba, tmp_path):
+    """Its last `dones` is false and no end is shown: all frames are kept, the last as the one after the cut. Where the
+    end is shown the game is whole whatever `dones` says; without `dones` it is left out."""
+    path, count = tmp_path / katakomba.name, 100
+    with h5py.File(katakomba, "r") as file:
+        whole = {name: np.array(values) for name, values in file["000"].items()}
+    part = {name: values[:count] for name, values in whole.items()}
+    games = {"a": part, "b": {**whole, "dones": np.zeros(len(whole["dones"]), bool)}}
+    games["c"] = {name: values for name, values in part.items() if name != "dones"}
+    first = pomdp.find_first_frame(pomdp.Frames(*[whole[name] for name in KATAKOMBA], None))
+    games["d"] = {name: values[: first + 1] for name, values in whole.items()}
+    write_hdf5(path, games)
+    store = store_of(path, tmp_path, small[0])
+    assert store.names.tolist() == [f"{path.name}/a", f"{path.name}/b"]
+    assert store.is_cut.tolist() == [True, False] and store.index["skipped"].size == 2
+    assert store.frames[0] == count - first and len(Games([store]).frames) == 2
+    assert Games([store]).frames[0] == count - first - 1
+    kept = stored(store, 0)
+    for name in KATAKOMBA:
+        assert (kept[name] == whole[name][first:count]).all(), name
+    loader = pomdp.ChunkLoader(
+        Games([store]), np.array([0]), TrainConfig(device="cpu", seq_len=8), 1, 1.0, False, True
+    )
+    assert not any(loader.batch_at(step)[0]["dones"].any() for step in range(loader.plan.steps))
 
 
 # -- damaged games -----------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_a_game_that_cannot_be_read_is_named_and_left_out(folder, tmp_path, caps
         [VALKYRIE, "game 0"],
     ]
     error = capsys.readouterr().err
-    assert error == f"warning: left out: {broken} holds no frame of play\n"
+    assert error.startswith(f"warning: left out: {broken} ") and error.count("\n") == 1
 
 
 def test_mistakes_get_one_line(folder, tmp_path, capsys, monkeypatch):

@@ -380,6 +380,42 @@ def test_plain_rows_hidden_rows_and_frames_beside_each_other():
     assert read(*(rows for rows, _ in cases)).tolist() == [expected for _, expected in cases]
 
 
+STYLES = {  # of NetHack 3.4.3 (2008 to 2015), of 3.6.0, of 3.6.1 and later with a bar of hit points
+    "Fare the Evoker           St:16 Dx:11 Co:18 In:9 Wi:10 Ch:7  Neutral S:104": [
+        ("Dlvl:12  $:88 HP:3(12) Pw:6(7) AC:9  Xp:9/2801 T:270 Hungry Conf", 2801, 270),
+        ("Dlvl:12 $:88  HP:3(12) Pw:6(7) AC:9  Xp:9/2801", 2801, 0),
+        ("Dlvl:12 $:88  HP:3(12) Pw:6(7) AC:9  Exp:9 T:270", 0, 270),
+        ("Dlvl:12 :88  HP:3(12) Pw:6(7) AC:9  Xp:9/2801 T:270", 2801, 270),  # IBM's Rogue level
+        ("Dlvl:12 *:88  HP:3(12) Pw:6(7) AC:9  Xp:9/2801 T:270", 2801, 270),
+    ],
+    "Mackeyth the Initiate         St:16 Dx:11 Co:18 In:9 Wi:10 Ch:7 Neutral": [
+        ("Dlvl:12  $:88 HP:3(12) Pw:6(7) AC:9 Xp:9 T:5551  Burdened", 0, 5551),
+    ],
+    "[Moo22 the Rhizotomist         ] St:16 Dx:11 Co:18 In:9 Wi:10 Ch:7 Neutral": [
+        ("Dlvl:12   $:88 HP:3(12) Pw:6(7) AC:9 Xp:9 T:134", 0, 134),
+        ("Dlvl:12 $:88 HP:3(12) Pw:6(7) AC:9 Xp:9/2801 T:134 Hungry", 2801, 134),
+    ],
+}
+
+
+def test_styles_of_all_years():
+    """Human games of 2008 to 2020: padded numbers, experience without points, no turn, brackets."""
+    upper = dict(STRENGTH_25=16, STRENGTH=16, DEXTERITY=11, CONSTITUTION=18, INTELLIGENCE=9)
+    upper.update(WISDOM=10, CHARISMA=7, DEPTH=12, GOLD=88, HP=3, HP_MAX=12, ENERGY=6, ENERGY_MAX=7)
+    upper.update(ARMOR_CLASS=9, LEVEL=9)
+    pairs, expected = [], []
+    for first, others in STYLES.items():
+        for second, points, turn in others:
+            pairs.append((first, second))
+            words = dict(HUNGER=2 if "Hungry" in second else 1, LOAD=int("Burdened" in second))
+            words.update(CONDITION=(1 << 8) * ("Conf" in second), POINTS=points, TURN=turn)
+            expected.append(in_places(**upper, **words))
+    assert read(*pairs).tolist() == expected
+    for place, depth in (("End Game", 0), ("Astral Plane", -5), ("Home 2", 0), ("Fort Ludios", 0)):
+        row = f"{place}  $:0  HP:3(12) Pw:6(7) AC:9  HD:12 T:9"
+        assert read(("", row))[0, [DEPTH, HP_MAX, HIT_DICE, TURN]].tolist() == [depth, 12, 12, 9]
+
+
 def test_strength():
     shown = dict(
         zip("3 18 18/01 18/31 18/32 18/50 18/82 18/99 18/** 19 21 22 25".split(), range(13))

@@ -238,7 +238,7 @@ def test_without_named_keys_no_question_reaches_the_head():
     ours, blind = algorithm_of(pomdp).model, algorithm_of(no_named_keys).model
     output, chars = torch.randn(2, 1, 16), torch.full((2, 1, 24, 80), ord(" "))
     asked = chars.clone()
-    asked[1, 0, 0, :5] = torch.tensor(list(b"[a-c]"))
+    asked[1, 0, 0, :7] = torch.tensor(list(b"? [a-c]"))
     assert torch.equal(blind.head(output, asked)[0], ours.head(output, chars)[0])
     told = ours.head(output, asked)[0] - ours.head(output, chars)[0]
     letters = {chr(int(pomdp.nethack.ACTIONS[place])) for place in told[1, 0].nonzero().flatten()}
