@@ -1906,12 +1906,11 @@ class OfflineAlgorithm:
     def after_gradient_step(self) -> None:
         """The average follows the weights, with a decay that rises to `average_decay`: 0, 1/10,
         2/11, ... There is no target network: values of the data's own policy need none."""
-        model = self.model
-        if model.averages and model.training:
-            n = int(model.averaged)
+        if self.model.averages and self.model.training:
+            n = int(self.model.averaged)
             decay = min(self.hyper.average_decay, n / (n + 9))
-            torch._foreach_lerp_(model.averages, list(model.parameters()), 1.0 - decay)
-            model.averaged += 1
+            torch._foreach_lerp_(self.model.averages, self.parameters(), 1.0 - decay)
+            self.model.averaged += 1
 
     def train_step(
         self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: States
