@@ -1909,7 +1909,7 @@ class OfflineAlgorithm:
         if self.model.averages and self.model.training:
             n = int(self.model.averaged)
             decay = min(self.hyper.average_decay, n / (n + 9))
-            torch._foreach_lerp_(self.model.averages, self.parameters(), 1.0 - decay)
+            torch._foreach_lerp_(self.model.averages, tuple(self.parameters()), 1.0 - decay)
             self.model.averaged += 1
 
     def train_step(
