@@ -60,6 +60,7 @@ import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -1856,10 +1857,11 @@ class AWRConfig:
     scale_rate: float = 0.01  # rate of the advantages' running mean square (MARWIL 2018, eq. 4)
     value_coef: float = 0.5  # weight of the value loss against the policy loss
     temperature: float = 1.0  # softmax temperature of the actions drawn when acting
+    average_decay: float = 0.999  # of the weights' average, which acts (arXiv 2310.11428); 0: none
 
 
-MAY_BE_ZERO = ("burn_in", "lam", "value_coef")
-AT_MOST_ONE = ("lam", "scale_rate")
+MAY_BE_ZERO = ("burn_in", "lam", "value_coef", "average_decay")
+AT_MOST_ONE = ("lam", "scale_rate", "average_decay")
 
 
 def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
@@ -2019,6 +2021,22 @@ class Model(nn.Module):
         # Running mean of the squared advantage; 0: none seen yet. A buffer is saved like a weight
         # and is no parameter.
         self.register_buffer("advantage_square", torch.zeros(()))
+        self.averages: List[Tensor] = []  # of the parameters, as OfflineAlgorithm makes them
+        self.averaged = torch.zeros((), dtype=torch.long)  # updates in them
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> "Model":
+        """Between eval() and train() weights and average, if there is one yet, are exchanged."""
+        if mode != self.training and self.averaged > 0:
+            for weight, average in zip(self.parameters(), self.averages):
+                latest = weight.clone()
+                weight.copy_(average)
+                average.copy_(latest)
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.averaged.zero_()  # the average starts anew, at what is loaded
+        return super().load_state_dict(*args, **kwargs)
 
     def head(self, core_output: Tensor, tty_chars: Tensor) -> Tuple[Tensor, Tensor]:
         """[B, T, H], [B, T, 24, 80] -> logits [B, T, A], values [B, T], in float32: half precision
@@ -2078,13 +2096,25 @@ class OfflineAlgorithm:
         self.hyper = awr_config(getattr(config, "algorithm", {}))
         self.gamma = config.gamma
         self.model = self.model_class(backbone, self.hyper).to(device)
+        self.average = nn.Module()  # saved beside the model, as a target network would be
+        self.average.register_buffer("updates", self.model.averaged)
+        if self.hyper.average_decay > 0:
+            self.model.averages = [weight.detach().clone() for weight in self.model.parameters()]
+        for number, average in enumerate(self.model.averages):
+            self.average.register_buffer(f"weight_{number}", average)
 
     def parameters(self) -> List[nn.Parameter]:
         return list(self.model.parameters())
 
+    @torch.no_grad()
     def after_gradient_step(self) -> None:
-        """Nothing follows a step: there is no target network, since values of the data's own policy
-        need none."""
+        """The average follows the weights, with a decay that rises to `average_decay`: 0, 1/10,
+        2/11, ... There is no target network: values of the data's own policy need none."""
+        if self.model.averages and self.model.training:
+            n = int(self.model.averaged)
+            decay = min(self.hyper.average_decay, n / (n + 9))
+            torch._foreach_lerp_(self.model.averages, tuple(self.parameters()), 1.0 - decay)
+            self.model.averaged += 1
 
     def train_step(
         self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: States
@@ -2858,6 +2888,15 @@ def open_stores(config: TrainConfig) -> List[ChunkStore]:
     return stores
 
 
+def playing_weights(model: nn.Module) -> Dict[str, Any]:
+    """A copy of the state that the model has in evaluation, where it may act with other weights
+    than it learns, such as their average."""
+    training = model.training
+    state = deepcopy(model.eval().state_dict())
+    model.train(training)
+    return state
+
+
 def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
     """Loaders of the games to learn from, and of those held out, if any."""
     stores = open_stores(config)
@@ -2942,7 +2981,7 @@ class Trainer:
             "format": CHECKPOINT_FORMAT,
             "step": self.step,
             "config": json.dumps(asdict(self.config)),
-            "model": self.model.state_dict(),
+            "model": playing_weights(self.model),
         }
 
     def run_settings(self) -> Dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import math
 import re
+from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -659,6 +661,212 @@ def test_acting_begins_anew_where_a_new_game_shows_or_the_loop_says_so():
         assert not torch.equal(anew[0][:, n], going_on[0][:, n])
 
 
+# --- acting with the average of the weights
+def weights_of(algorithm):
+    """Copies, in the order of the parameters."""
+    return [weight.detach().clone() for weight in algorithm.model.parameters()]
+
+
+def when_training(algorithm, mode=True):
+    algorithm.model.train(mode)
+    return weights_of(algorithm)
+
+
+def when_evaluated(algorithm):
+    algorithm.model.eval()
+    return weights_of(algorithm)
+
+
+def same(weights, others):
+    return all(torch.equal(one, other) for one, other in zip(weights, others))
+
+
+def learn(algorithm, updates=3, optimizer=None):
+    """-> the weights after each update."""
+    optimizer = optimizer or torch.optim.SGD(algorithm.parameters(), lr=0.5)
+    states = {}
+    after = []
+    for seed in range(updates):
+        optimizer.zero_grad()
+        loss, states, _ = step(algorithm, random_batch(seed=seed), states)
+        loss.backward()
+        optimizer.step()
+        algorithm.after_gradient_step()
+        after.append(weights_of(algorithm))
+    return after
+
+
+@pytest.mark.parametrize("average_decay", [0.15, 0.999, 1.0])
+def test_the_average_is_that_of_the_formula(average_decay):
+    algorithm = small_algorithm(algorithm={"average_decay": average_decay})
+    expected = None
+    for n, weights in enumerate(learn(algorithm, updates=6)):
+        weights = [weight.double() for weight in weights]
+        if n == 0:
+            expected = weights  # the first update's weights begin it
+            continue
+        decay = min(average_decay, n / (9 + n))  # 1/10, 2/11, ...: (1 + m) / (10 + m)
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights)]
+    found = when_evaluated(algorithm)
+    for weight, average in zip(found, expected):
+        torch.testing.assert_close(weight.double(), average, rtol=1e-5, atol=1e-7)
+    assert not same(found, when_training(algorithm))
+
+
+def test_weights_and_average_are_exchanged_between_eval_and_train():
+    algorithm = small_algorithm()
+    model = algorithm.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    *_, latest = learn(algorithm, optimizer=optimizer)
+    model.train()
+    assert same(weights_of(algorithm), latest), "a train() without an eval() before it"
+    average = when_evaluated(algorithm)
+    assert not same(average, latest)
+    assert same(when_evaluated(algorithm), average), "two eval() in a row"
+    assert same(when_training(algorithm), latest)
+    assert same(when_evaluated(algorithm), average)
+    model.train()
+    # Evaluations change nothing: the optimizer goes on with the same parameters.
+    other = small_algorithm()
+    of_other = torch.optim.AdamW(other.model.parameters(), lr=1e-2)
+    learn(other, optimizer=of_other)
+    assert same(learn(algorithm, 2, optimizer)[-1], learn(other, 2, of_other)[-1])
+    assert same(when_evaluated(algorithm), when_evaluated(other))
+
+
+def test_what_acts_is_the_average():
+    """Through the packed weights of acting too, which are made anew."""
+    algorithm = small_algorithm()
+    obs = {name: value[:, 0].numpy() for name, value in random_observations(ROWS, 1).items()}
+    obs["prev_actions"] = np.full(ROWS, pomdp.NO_ACTION)
+    batch = random_batch(starts=[True] * ROWS)
+    learn(algorithm, 1)
+    for _ in range(2):
+        learn(algorithm, 2)
+        algorithm.model.eval()
+        fresh = small_algorithm(seed=1)
+        fresh.model.load_state_dict(algorithm.model.state_dict())
+        fresh.model.eval()
+        states = [each.model.vec_act(obs)[1].rnn_state for each in (algorithm, fresh)]
+        with torch.no_grad():
+            losses = [step(each, batch)[0] for each in (algorithm, fresh)]
+        algorithm.model.train()
+        assert same(*states) and torch.equal(*losses)
+        latest = algorithm.model.vec_act(obs)[1].rnn_state
+        assert not torch.allclose(latest[0], states[0][0])
+
+
+def test_before_the_first_update_and_without_an_average_the_weights_act():
+    for settings, updates in (({}, 0), ({"average_decay": 0}, 3)):
+        algorithm = small_algorithm(algorithm=settings)
+        learn(algorithm, updates)
+        with torch.no_grad():
+            algorithm.model.policy.bias += 1.0  # by whatever hand
+        weights = weights_of(algorithm)
+        assert same(when_evaluated(algorithm), weights)
+        assert same(when_training(algorithm), weights)
+        assert bool(algorithm.model.averages) == (not settings)
+
+
+def test_what_is_learned_in_evaluation_does_not_enter_the_average():
+    algorithm = small_algorithm()
+    algorithm.model.eval()
+    *_, latest = learn(algorithm)
+    assert same(when_training(algorithm), latest)
+    assert same(when_evaluated(algorithm), latest)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_copies_have_an_average_of_their_own(evaluated):
+    algorithm = small_algorithm()
+    *_, latest = learn(algorithm)
+    average = when_evaluated(algorithm)
+    algorithm.model.train(not evaluated)
+    copy = deepcopy(algorithm)
+    model = deepcopy(algorithm.model)
+    for _ in range(2):
+        assert same(when_evaluated(copy), average)
+        assert same([weight.detach() for weight in model.eval().parameters()], average)
+        assert same(when_training(copy), latest)
+        assert same([weight.detach() for weight in model.train().parameters()], latest)
+    learn(copy)
+    kept = copy.average.state_dict()
+    assert same(copy.model.averages, [kept[name] for name in kept if name != "updates"])
+    assert int(kept["updates"]) == 6 and int(algorithm.average.updates) == 3
+    assert same(when_training(algorithm), latest)
+    assert same(when_evaluated(algorithm), average)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_average_begins_anew_at_weights_that_are_loaded(learned, evaluated):
+    source = small_algorithm(seed=1)
+    learn(source)
+    algorithm = small_algorithm()
+    if learned:
+        learn(algorithm)
+    algorithm.model.train(not evaluated)
+    loaded = when_evaluated(source)
+    algorithm.model.load_state_dict(source.model.state_dict())
+    assert algorithm.model.training == (not evaluated)
+    for mode in (evaluated, not evaluated, evaluated):
+        assert same(when_training(algorithm, mode), loaded), mode
+    algorithm.model.train()
+    (first,) = learn(algorithm, 1)
+    assert same(when_evaluated(algorithm), first)
+
+
+def test_the_average_is_saved_beside_the_model_and_is_no_part_of_it():
+    """So a checkpoint's weights fit a model without one, and processes do not exchange it."""
+    algorithm = small_algorithm()
+    without = small_algorithm(algorithm={"average_decay": 0})
+    learn(algorithm)
+    learn(without)
+    assert algorithm.model.state_dict().keys() == without.model.state_dict().keys()
+    assert len(algorithm.parameters()) == len(without.parameters())
+    assert [*algorithm.average.parameters()] == []
+    of_model = {id(part) for part in [*algorithm.model.buffers(), *algorithm.parameters()]}
+    assert of_model.isdisjoint(map(id, algorithm.average.buffers()))
+    average = when_evaluated(algorithm)
+    without.model.load_state_dict(algorithm.model.state_dict())
+    assert same(weights_of(without), average)
+    # Model and average together are enough to go on.
+    algorithm.model.train()
+    restored = small_algorithm(seed=1)
+    restored.model.load_state_dict(algorithm.model.state_dict())
+    restored.average.load_state_dict(algorithm.average.state_dict())
+    assert same(learn(restored)[-1], learn(algorithm)[-1])
+    ends = [when_evaluated(each) for each in (restored, algorithm)]
+    assert same(*ends)
+
+
+def test_the_agent_in_the_box_has_no_average_and_acts_as_it_is():
+    path = Path(pomdp.__file__).parent / "scripts" / "agents" / "small_512.pt"
+    algorithm, _, _ = pomdp.load_agent(path, device="cpu")
+    saved = pomdp.read_checkpoint(path)["model"]
+    for mode in (True, False):
+        state = algorithm.model.train(mode).state_dict()
+        assert all(torch.equal(state[name], value.float()) for name, value in saved.items())
+
+
+def test_a_layer_that_a_submission_adds_is_averaged_too():
+    class Model(pomdp.Model):
+        def __init__(self, backbone, hyper=None):
+            super().__init__(backbone, hyper)
+            self.value = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Linear(8, 1))
+
+    class Algorithm(pomdp.OfflineAlgorithm):
+        model_class = Model
+
+    backbone = small_backbone()
+    algorithm = Algorithm(backbone, pomdp.TrainConfig(algorithm={"head_dim": 24}), "cpu")
+    latest = learn(algorithm)[-1]
+    names = [name for name, _ in algorithm.model.named_parameters()]
+    average = when_evaluated(algorithm)
+    moved = {name for name, *pair in zip(names, latest, average) if not torch.equal(*pair)}
+    assert {"value.0.weight", "value.1.weight", "backbone.rnn.weight_ih_l0"} <= moved
+
+
 # --- settings, and small parts of training
 def test_head_passes_the_stricter_budget():
     with torch.device("meta"):
@@ -678,7 +886,9 @@ def test_algorithm_settings_are_checked():
         "burn_in": "burn_in must be int in",
     }
     said.update(lam=r"lam must be float in \[0, 1\], not", beta="beta must be float")
+    said["average_decay"] = r"average_decay must be float in \[0, 1\], not"
     wrong = {"bur_in": [1], "burn_in": [1.5, -1], "lam": ["x", 1.5], "beta": [True, -1.0]}
+    wrong["average_decay"] = [-0.1, 1.1]
     for name, value in ((name, value) for name, values in wrong.items() for value in values):
         with pytest.raises(pomdp.UserError, match=said[name]):
             small_algorithm(algorithm={name: value})

@@ -57,6 +57,22 @@ if __name__ == "__main__":
     sys.exit(pomdp.main(sys.argv[1:]))
 """
 SPOILED = "pomdp.ChunkLoader.batch_at = spoiled"
+# Each process writes its average, and whether anything of it was among what processes average.
+SAVED = """close, over_processes = pomdp.Trainer.close, pomdp.average
+    exchanged = set()
+
+    def noting(tensors, weight):
+        exchanged.update(map(id, tensors))
+        over_processes(tensors, weight)
+
+    def saving(trainer):
+        average = trainer.algorithm.average
+        shared = not exchanged.isdisjoint(map(id, average.buffers()))
+        content = {"average": average.state_dict(), "shared": shared, "exchanged": len(exchanged)}
+        torch.save(content, f"{trainer.folder}/average-{pomdp.RANK}.pt")
+        close(trainer)
+
+    pomdp.average, pomdp.Trainer.close = noting, saving"""
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +199,18 @@ def test_games_shared_out_go_as_with_one_process(pair, start, folder):
         len(set((pair[0] / "5_mon-hum-neu_games.csv").read_text(encoding="utf-8").splitlines()))
         == 6
     )
+
+
+def test_the_average_is_alike_on_all_and_not_exchanged(start, folder):
+    exits, _, err = finish(start("average", SAVED, learning_rate=1e-2))
+    assert exits == [0, 0], err
+    run = folder / "average" / RUN
+    one, other = (torch.load(run / f"average-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert int(one["average"]["updates"]) == 5
+    assert all(torch.equal(value, other["average"][name]) for name, value in one["average"].items())
+    assert one["exchanged"] > 10 and not one["shared"] and not other["shared"]
+    saved = pomdp.read_checkpoint(run / "last.pt")["algorithm"]["average"]
+    assert all(torch.equal(value, saved[name]) for name, value in one["average"].items())
 
 
 # --- they skip, stop and go on together

@@ -871,6 +871,67 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(small):
     assert not differences(outcome(run_of()), outcome(folder))
 
 
+# --- the average of the weights: what is scored, played and kept is it
+def state_of_average(last):
+    """last.pt's content -> the average, in the order of the model's parameters."""
+    state = last["algorithm"]["average"]
+    return [state[f"weight_{number}"] for number in range(len(state) - 1)]
+
+
+def test_checkpoints_for_playing_hold_the_average_alone_and_last_holds_both(small):
+    settings = dict(update_steps=6, learning_rate=1e-2, keep_checkpoints=True)
+    assert small(**settings)[0] == 0
+    content = {name: load(run_of() / f"{name}.pt") for name in ("2", "6", "best", "last")}
+    last = content["last"]
+    names = list(last["optimizer"]["state"])
+    assert int(last["algorithm"]["average"]["updates"]) == 6
+    average = state_of_average(last)
+    assert len(average) == len(names)
+    parameters = [name for name in last["model"] if name != "advantage_square"]
+    assert len(parameters) == len(average)
+    for name, value in zip(parameters, average):
+        assert torch.equal(last["model"][name], value), name
+        assert torch.equal(content["6"]["model"][name], value), name
+    learned = last["algorithm"]["model"]
+    assert learned.keys() == last["model"].keys() == content["best"]["model"].keys()
+    assert any(not torch.equal(learned[name], last["model"][name]) for name in parameters)
+    # best.pt is that of its step, also where training went on afterwards.
+    losses = {row["step"]: row.get("heldout/loss_per_action") for row in rows_of(run_of())}
+    best = content["best"]
+    assert losses[best["step"]] == min(filter(None, losses.values()))
+    kept = load(run_of() / f"{best['step']}.pt")["model"]
+    assert all(torch.equal(value, kept[name]) for name, value in best["model"].items())
+    assert any(not torch.equal(content["2"]["model"][name], kept[name]) for name in parameters)
+
+    # They score as in the run; and a last.pt as its average, whatever average is asked for.
+    rows = {row["step"]: row for row in rows_of(run_of()) if "heldout/loss" in row}
+    for name, step in (("2", 2), ("last", 6), ("6", 6)):
+        for number, algorithm in enumerate(({}, {"algorithm": "{average_decay: 0}"})):
+            folder = Path(f"scored-{name}-{number}")
+            scoring = dict(evaluate=run_of() / f"{name}.pt", checkpoints_path=folder)
+            assert small(**{**settings, **algorithm, **scoring})[0] == 0
+            (row,) = rows_of(folder / f"{name}-evaluation")
+            assert row["heldout/loss"] == rows[step]["heldout/loss"], (name, number)
+
+
+def test_the_average_changes_what_is_scored_and_nothing_that_is_learned(small):
+    settings = dict(update_steps=6, learning_rate=1e-2, eval_every=3)
+    assert small(**settings)[0] == 0
+    assert small(**settings, name="none", algorithm="{average_decay: 0}")[0] == 0
+    assert small(**settings, name="other", algorithm="{average_decay: 0.2}")[0] == 0
+    learned = []
+    scored = []
+    for name in ("custom", "none", "other"):
+        rows = rows_of(run_of(name))
+        learned.append([row["loss"] for row in rows if "loss" in row])
+        scored.append([row["heldout/loss"] for row in rows if "heldout/loss" in row])
+    assert learned[0] == learned[1] == learned[2]
+    assert scored[0] != scored[1] != scored[2] != scored[0]
+    without = load(run_of("none") / "last.pt")
+    of_model = without["algorithm"]["model"].items()
+    assert all(torch.equal(without["model"][name], value) for name, value in of_model)
+
+
 # --- folders
 def test_without_resume_nothing_is_ever_overwritten(small):
     for _ in range(2):
