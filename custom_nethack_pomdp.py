@@ -1134,12 +1134,12 @@ def find_xlogfiles(root: Path) -> List[Path]:
     seen = set(map(str, root.resolve().parents))
     for folder, below, _ in os.walk(root, followlinks=True):
         below.sort()
-        place = os.path.realpath(folder)
-        if place in seen:
+        real_path = os.path.realpath(folder)
+        if real_path in seen:
             below.clear()
         else:
             found += Path(folder).glob("*.xlogfile")
-        seen.add(place)
+        seen.add(real_path)
     return found
 
 
@@ -3221,9 +3221,9 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
     """Scores a checkpoint with this command's evaluation settings, with `data_path` on held-out
     games too -> folder."""
     path = expand(str(config.evaluate))
-    given = ["algorithm", "data_path", "store_path", "device", "precision"]
-    given += [name for name in vars(config) if name.startswith("eval")]
-    overrides = {name: getattr(config, name) for name in given}
+    names = ["algorithm", "data_path", "store_path", "device", "precision"]
+    names += [name for name in vars(config) if name.startswith("eval")]
+    overrides = {name: getattr(config, name) for name in names}
     for name in ("character", "submission"):  # the checkpoint's own, unless others are given
         if getattr(config, name) != getattr(TrainConfig(), name):
             overrides[name] = getattr(config, name)
