@@ -218,6 +218,7 @@ logger.close()
 """
 
 
+@pytest.mark.pinned_stack  # older ones warn otherwise
 def test_a_run_outlives_wandb_s_process(tmp_path):
     environment = {**os.environ, **OFFLINE, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "quick" / "run")]
