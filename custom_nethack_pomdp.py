@@ -632,8 +632,7 @@ class RunLogger:
 
             try:
                 if mode is None:
-                    has_key = wandb.login(prompt=False, verify=False)
-                    mode = "online" if has_key else "offline"
+                    mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
                 run = wandb.init(mode=mode, **options)
             except Exception as error:  # of many types; a run must not die of them
                 reason = " ".join(str(error).split())
@@ -1164,8 +1163,7 @@ def find_nld_games(root: Path, character: str) -> Tuple[List[GameSource], List[s
                 label = "/".join(path.relative_to(root).parts[-2:])
                 stat = path.stat()
                 was_quit = xlog.get("death", "").startswith("quit")
-                identity = (stat.st_size, stat.st_mtime_ns)
-                game = GameSource(label, str(path), "", *identity, was_quit)
+                game = GameSource(label, str(path), "", stat.st_size, stat.st_mtime_ns, was_quit)
                 games.setdefault(os.path.realpath(path), game)
             else:
                 what = f"its line names no ttyrec3.bz2 file beside it ({name!r})"
@@ -2492,12 +2490,10 @@ def vec_evaluate(
     device: torch.device,
     savedir: Optional[Path] = None,
 ) -> List[GameResult]:
-    """Plays games 0 .. eval_episodes - 1 of the character -> their results, in order. `savedir`
-    records them, each slot's in a folder of its own.
+    """Plays games 0 .. eval_episodes - 1 of the character, recorded below `savedir`, -> results.
 
-    Slot s plays games s, s + slots, ..., each from seeds of its own; of several torchrun processes
-    each plays its share of the slots, so their number changes no game. All slots' games stand side
-    by side in this process: acting, one model call a tick for all of them, takes the time.
+    Slot s plays games s, s + slots, ..., each from seeds of its own; each torchrun process plays
+    its share of the slots. All games stand side by side in this process: acting takes the time.
     """
     slots = config.eval_processes
     num_episodes = config.eval_episodes
@@ -2528,6 +2524,8 @@ def vec_evaluate(
         for slot in range(min(slots, num_episodes))[RANK::WORLD]:
             screen = {name: obs[name][slot] for name in OBSERVATIONS}
             folder = savedir and str(savedir / str(slot))
+            if folder:  # an evaluation that was killed may have left one
+                shutil.rmtree(folder, ignore_errors=True)
             games[slot] = NetHackGame(character, folder, config.eval_max_steps, into=screen)
             stack.callback(games[slot].close)
             begin(slot, slot)

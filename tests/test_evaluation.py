@@ -350,6 +350,9 @@ class Walkers(torch.nn.Module):
 def test_recordings_of_games_are_kept_by_their_score(tmp_path, kept):
     """The best, the worst, and between; what is kept is the game that was played."""
     config = settings(eval_episodes=7, eval_max_steps=400, eval_replays=kept)
+    left = tmp_path / ".9_mon-hum-neu_replays" / "0" / "nle.1.0.ttyrec3.bz2"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of an evaluation that was killed")
     _, ((_, results),) = pomdp.evaluate_games(Walkers(), config, CPU, tmp_path / "9")
     recordings = list(tmp_path.glob("9_mon-hum-neu_game*.ttyrec3.bz2"))
     numbers = sorted(int(path.name[18:].partition(".")[0]) for path in recordings)
