@@ -1702,9 +1702,12 @@ class ScreenEncoder(nn.Module):
         cells = chars.int() * 32 + (colors.int() & 31)  # [n, 24, 80]
         # On a GPU 64 copies, 32 MB: they fit into its cache.
         copies = 64 if table.is_cuda and torch.is_grad_enabled() else 1
-        screen = look_up(cells, table, copies)  # [n, C, 24, 80]
-        crop = look_up(self.crop_cells(cells, cursor), table, copies)
-        parts = [self.screen(screen), self.crop(crop), self.message(screen[:, :, 0])]
+        parts = [
+            self.screen(look_up(cells, table, copies)),
+            self.crop(look_up(self.crop_cells(cells, cursor), table, copies)),
+            # Not a line of the screen's: the gradient of that is a zeroed copy of the whole screen.
+            self.message(look_up(cells[:, :1], table, copies).squeeze(2)),
+        ]
         return torch.cat(parts, dim=1)
 
 
