@@ -1,4 +1,4 @@
-"""What several scripts need: command lines, readers of a run's files, tables. No command of its own.
+"""What several scripts need: command lines, readers of a run's files, tables. No command itself.
 
 Importing it also lets a script find custom_nethack_pomdp.py, whatever folder it is started in.
 """
@@ -17,6 +17,7 @@ import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import ENDS, UserError
 
 Row = Dict[str, Any]
+DEFAULT_VARIANT = "default"  # of a row: the way of acting that is the arm's own
 # Columns of <step>_<character>_games.csv that are kept, and their names in a study's rows.
 COLUMNS = {
     "score": ("scores", float),
