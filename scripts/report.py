@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from shared import DEFAULT_VARIANT, Parser, Row, markdown_table, read_games, read_rows
+from shared import (
+    DEFAULT_VARIANT,
+    Parser,
+    Row,
+    markdown_table,
+    newest_games,
+    read_games,
+    read_rows,
+)
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, NO_RESULT, UserError
@@ -99,16 +107,6 @@ class Sample:
 
 
 # --- rows
-def newest_games(folder: Path) -> Dict[str, Path]:
-    """{character: games.csv} of the folder's last evaluation, sorted."""
-    evaluations: Dict[int, Dict[str, Path]] = {0: {}}
-    for path in sorted(folder.iterdir()):
-        match = re.fullmatch(r"(\d+)_(.+)_games\.csv", path.name)
-        if match:
-            evaluations.setdefault(int(match[1]), {})[match[2]] = path
-    return evaluations[max(evaluations)]
-
-
 def read_folder(folder: Path) -> Row:
     """The folder of a run or of an evaluation as a row of a study: its last evaluation's games, its
     last held-out loss. Raises UserError."""
@@ -135,18 +133,15 @@ def read_folder(folder: Path) -> Row:
         "seed": config.get("train_seed", 0),
         "characters": list(dict.fromkeys([*filter(None, trained.split(",")), *files])),
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "scores": {},
         "heldout": {},
         "curve": curve,
         "evaluation": {"eval_seed": config.get("eval_seed")},
+        **read_games(files),
     }
     if config and row["algorithm"] == folder.name:  # a run
         row["algorithm"] = config["name"]
     if curve:
         row["heldout"] = {"loss_per_action": curve[-1][1]}
-    for character, path in files.items():
-        for name, values in read_games(path).items():
-            row.setdefault(name, {})[character] = values
     return row
 
 

@@ -6,9 +6,10 @@ Importing it also lets a script find custom_nethack_pomdp.py, whatever folder it
 import argparse
 import csv
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -70,19 +71,33 @@ def read_table(path: Path) -> List[Dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def read_games(path: Path) -> Row:
-    """<step>_<character>_games.csv -> {name in COLUMNS: value of each game, in the games' order},
-    of an older file those that it has, and {"ends": {way to end: games}}. Raises UserError."""
-    found: Row = {"scores": [], "ends": dict.fromkeys(ENDS, 0)}
-    try:
-        games = read_table(path)
-        for game in games:
-            found["ends"][game["end"]] += 1
-        for column, (name, kind) in COLUMNS.items():
-            if games and (column == "score" or column in games[0]):
-                found[name] = [kind(game[column]) for game in games]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: a line without score or end") from None
+def newest_games(folder: Path) -> Dict[str, Path]:
+    """{character: games.csv} of the folder's last evaluation, sorted."""
+    evaluations: Dict[int, Dict[str, Path]] = {0: {}}
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(r"(\d+)_(.+)_games\.csv", path.name)
+        if match:
+            evaluations.setdefault(int(match[1]), {})[match[2]] = path
+    return evaluations[max(evaluations)]
+
+
+def read_games(paths: Mapping[str, Path]) -> Row:
+    """{character: <step>_<character>_games.csv} -> {name in COLUMNS: {character: a value of each
+    game, in their order}} and {"ends": {character: {way to end: games}}}. Older files lack some
+    columns. Raises UserError."""
+    found: Row = {"scores": {}, "ends": {}}
+    for character, path in paths.items():
+        ends = found["ends"][character] = dict.fromkeys(ENDS, 0)
+        try:
+            games = read_table(path)
+            for game in games:
+                ends[game["end"]] += 1
+            for column, (name, kind) in COLUMNS.items():
+                if column == "score" or (games and column in games[0]):
+                    values = [kind(game[column]) for game in games]
+                    found.setdefault(name, {})[character] = values
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} is damaged: a line without score or end") from None
     return found
 
 
