@@ -1,4 +1,4 @@
-"""Runs a study: arms (algorithms, or ours with one thing changed) x characters x seeds, by one file.
+"""Runs a study: arms (algorithms, or ours with one change) x characters x seeds, from one file.
 
     python scripts/study.py scripts/studies/cpu_small.yaml --dry_run      # what there is to do
     python scripts/study.py scripts/studies/cpu_small.yaml --data_path DATA_DIR
