@@ -374,7 +374,7 @@ def load_block(block: Block, folder: str) -> Any:
     return module
 
 
-def attempt(block: Block, check: Callable[[], str]) -> Tuple[bool, str]:
+def attempt(block: Block, check: Callable[[], Any]) -> Tuple[bool, Any]:
     """One check; whatever it raises is its result, with the innermost line of the file that it
     passed through."""
     try:
