@@ -1,4 +1,4 @@
-"""Will the benchmark take this block? Run it before handing in: it tries the block in a stand-in.
+"""Before a block is handed in: will the benchmark take it, as far as a stand-in can tell?
 
     python scripts/check_submission.py                            the block of the main file
     python scripts/check_submission.py scripts/references/iql.py  a bare block, without banners
@@ -237,14 +237,16 @@ def check_builds(trial: Trial) -> str:
     backbone = ModelBackbone(NUM_ACTIONS, **SMALL)
     given = deepcopy(backbone.state_dict())
     algo = trial.module.OfflineAlgorithm(backbone=backbone, config=trial.config, device="cpu")
-    told = "model.backbone is not the backbone that was given"
-    assert getattr(algo.model, "backbone", None) is backbone, told
+    assert getattr(algo.model, "backbone", None) is backbone, (
+        "model.backbone is not the backbone that was given"
+    )
     for name, value in backbone.state_dict().items():
         assert torch.equal(given[name], value), "the backbone was changed"
     trained = set(map(id, algo.parameters()))
     counted = set(map(id, algo.model.parameters()))
-    told = "parameters() are not those of algo.model, which are trained and counted"
-    assert trained == counted, told
+    assert trained == counted, (
+        "parameters() are not those of algo.model, which are trained and counted"
+    )
     return f"{len(counted)} tensors to train"
 
 
@@ -294,8 +296,9 @@ def check_acts(trial: Trial) -> str:
         told = f"actions outside of 0..{NUM_ACTIONS - 1}"
         assert 0 <= actions.min() and actions.max() < NUM_ACTIONS, told
     assert np.array_equal(runs[0], runs[1]), "other actions from the same weights and seed"
-    told = "other actions from screens that no tick overwrites: it keeps a view"
-    assert np.array_equal(runs[0], runs[2]), told
+    assert np.array_equal(runs[0], runs[2]), (
+        "other actions from screens that no tick overwrites: it keeps a view"
+    )
     return f"{SLOTS} slots"
 
 
@@ -362,10 +365,18 @@ def run_checks(
 def main(argv: Optional[List[str]] = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    text = "a whole file with banners, or a bare block (default: custom_nethack_pomdp.py)"
-    parser.add_argument("file", nargs="?", default=DEFAULT_FILE, help=text)
-    text = "write the block there if it passes; overwrites only an export"
-    parser.add_argument("--export", type=Path, metavar="FILE", help=text)
+    parser.add_argument(
+        "file",
+        nargs="?",
+        default=DEFAULT_FILE,
+        help="a whole file with banners, or a bare block (default: custom_nethack_pomdp.py)",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the block there if it passes; overwrites only an export",
+    )
     options = parser.parse_args(argv)
     out = options.export
     failed = 0

@@ -22,7 +22,7 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -89,21 +89,39 @@ class Arm:
     study: str  # "" for folders
     settings: str
     variant: str
-    rows: List[Row] = field(default_factory=list)
+    rows: List[Row]
 
 
-@dataclass
 class Sample:
     """What an arm's rows tell of one character."""
 
-    seeds: List[int] = field(default_factory=list)  # of the trainings, one a row
-    # {(seed of the training, seed and number of the game): points}; the last two decide the game's
-    # own seeds
-    points: Dict[Tuple[Any, ...], float] = field(default_factory=dict)
-    heldout: List[Tuple[int, Row]] = field(default_factory=list)  # seed, {game: its metrics}
-    alone: List[Row] = field(default_factory=list)  # rows that learned no other character
-    values: Dict[str, List[Any]] = field(default_factory=lambda: defaultdict(list))  # one a game
-    ends: Dict[str, int] = field(default_factory=Counter)  # empty where no row has them
+    def __init__(self, arm: Arm, character: str) -> None:
+        self.seeds: List[int] = []  # of the trainings, one a row
+        self.heldout: List[Tuple[int, Row]] = []  # seed, {game: its metrics}
+        self.alone: List[Row] = []  # rows that learned no other character
+        self.values: Dict[str, List[Any]] = defaultdict(list)  # one a game
+        self.ends: Dict[str, int] = Counter()  # empty where no row has them
+        games = {}
+        for row in arm.rows:
+            if character not in row["characters"]:
+                continue
+            seed = row["seed"]
+            self.seeds.append(seed)
+            eval_seed = row.get("evaluation", {}).get("eval_seed")
+            games[seed, eval_seed] = row["scores"].get(character, [])
+            if "heldout_games" in row:
+                self.heldout.append((seed, row["heldout_games"][character]))
+            if row["characters"] == [character]:
+                self.alone.append(row)
+            for name in ("max_depths", "levels", "causes"):
+                self.values[name] += row.get(name, {}).get(character, [])
+            self.ends.update(row.get("ends", {}).get(character, {}))
+        # {(seed of the training, seed and number of the game): points}; the last two decide the
+        # game's own seeds
+        self.points: Dict[Any, float] = {}
+        for key, scores in games.items():
+            for number, points in enumerate(scores):
+                self.points[key + (number,)] = points
 
 
 # --- rows
@@ -120,8 +138,9 @@ def read_folder(folder: Path) -> Row:
             if "heldout/frames" in line:
                 curve.append([line["transitions"], line["heldout/loss_per_action"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = f"{folder} is no folder of a run or an evaluation, or it is damaged: {error!r}"
-        raise UserError(told) from None
+        raise UserError(
+            f"{folder} is no folder of a run or an evaluation, or it is damaged: {error!r}"
+        ) from None
     files = newest_games(folder)
     trained = config.get("character", "")
     settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS}
@@ -178,7 +197,7 @@ def collect(rows: Sequence[Row]) -> List[Arm]:
         if row["variant"] != DEFAULT_VARIANT:
             name += f" / {row['variant']}"
         key = (name, row["study"], row["settings"], row["variant"])
-        found.setdefault(key, Arm(name, *key)).rows.append(row)
+        found.setdefault(key, Arm(name, *key, [])).rows.append(row)
     arms = sorted(found.values(), key=lambda arm: arm.variant != DEFAULT_VARIANT)
     namesakes = Counter(arm.name for arm in arms)
     for arm in arms:
@@ -193,29 +212,6 @@ def characters_of(arms: Sequence[Arm]) -> List[str]:
         for row in arm.rows:
             found.update(dict.fromkeys(row["characters"]))
     return list(found)
-
-
-def sample_of(arm: Arm, character: str) -> Sample:
-    found = Sample()
-    games: Dict[Tuple[Any, ...], List[float]] = {}
-    for row in arm.rows:
-        if character not in row["characters"]:
-            continue
-        seed = row["seed"]
-        found.seeds.append(seed)
-        eval_seed = row.get("evaluation", {}).get("eval_seed")
-        games[seed, eval_seed] = row["scores"].get(character, [])
-        if "heldout_games" in row:
-            found.heldout.append((seed, row["heldout_games"][character]))
-        if row["characters"] == [character]:
-            found.alone.append(row)
-        for name in ("max_depths", "levels", "causes"):
-            found.values[name] += row.get(name, {}).get(character, [])
-        found.ends.update(row.get("ends", {}).get(character, {}))
-    for key, scores in games.items():
-        for number, points in enumerate(scores):
-            found.points[key + (number,)] = points
-    return found
 
 
 # --- estimates
@@ -277,7 +273,7 @@ def show(found: Optional[Estimate], digits: int, bold: bool = False) -> str:
 # --- tables
 def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]:
     """{column in HEADER: cell}."""
-    mine = sample_of(arm, character)
+    mine = Sample(arm, character)
     points = np.array(list(mine.points.values()))
     line = {
         "character": character,
@@ -295,7 +291,7 @@ def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]
         losses = losses_of(mine, mine.seeds)
         line["loss"] = show(estimate(losses.values()) or loss_of_runs(mine.alone), 3)
     if baseline:
-        theirs = sample_of(baseline, character)
+        theirs = Sample(baseline, character)
         line["more_points"] = show(difference(mine.points, theirs.points), 1, bold=True)
         if learned:
             both = [seed for seed in theirs.seeds if seed in mine.seeds]
@@ -311,17 +307,19 @@ def lines_of_recorded(arms: Sequence[Arm], character: str) -> List[Dict[str, str
     recorded = {}
     for arm in arms:
         for row in arm.rows:
-            if row.get("recorded_scores", {}).get(character):
-                recorded[tuple(row["recorded_scores"][character])] = {
-                    "character": character,
-                    "arm": "AutoAscend, in as many actions",
-                }
-    for points, line in recorded.items():
-        scores = np.array(points) / AUTOASCEND_MEAN_SCORE[character]
-        line["games"] = str(len(points))
-        line["points"] = show(estimate(points), 1)
-        line["score"] = show(estimate(scores), 4)
-    return list(recorded.values())
+            points = np.array(row.get("recorded_scores", {}).get(character, []), dtype=float)
+            recorded[points.tobytes()] = points
+    lines = []
+    for points in filter(len, recorded.values()):
+        line = {
+            "character": character,
+            "arm": "AutoAscend, in as many actions",
+            "games": str(len(points)),
+            "points": show(estimate(points), 1),
+            "score": show(estimate(points / AUTOASCEND_MEAN_SCORE[character]), 4),
+        }
+        lines.append(line)
+    return lines
 
 
 def lines_of_all(arm: Arm, characters: Sequence[str]) -> List[Dict[str, str]]:
@@ -330,7 +328,7 @@ def lines_of_all(arm: Arm, characters: Sequence[str]) -> List[Dict[str, str]]:
     games = 0
     means = []
     for character in characters:
-        points = list(sample_of(arm, character).points.values())
+        points = list(Sample(arm, character).points.values())
         if not points:
             return []
         games += len(points)
@@ -381,7 +379,7 @@ def make_causes(arms: Sequence[Arm]) -> str:
     lines = [["character", "arm", "games", "why they ended"]]
     for character in characters_of(arms):
         for arm in arms:
-            causes = Counter(map(plain_cause, sample_of(arm, character).values["causes"]))
+            causes = Counter(map(plain_cause, Sample(arm, character).values["causes"]))
             games = rest = sum(causes.values())
             if not games:
                 continue
@@ -421,31 +419,25 @@ def draw_curves(arms: Sequence[Arm], path: Path) -> str:
     characters -> Markdown."""
     from matplotlib.figure import Figure
 
-    panels: Dict[str, Dict[str, List[Row]]] = {}
-    places: Dict[str, int] = {}  # of the arms that learned
-    for arm in arms:
-        if arm.variant != DEFAULT_VARIANT:
-            continue
-        places[arm.label] = len(places)
-        for row in arm.rows:
-            if row["curve"]:
-                panel = panels.setdefault("+".join(row["characters"]), {})
-                panel.setdefault(arm.label, []).append(row)
+    learned = [arm for arm in arms if arm.variant == DEFAULT_VARIANT]
+    panels: Dict[str, None] = {}
+    for arm in learned:
+        panels.update(("+".join(row["characters"]), None) for row in arm.rows if row["curve"])
     if not panels:
         return ""
     figure = Figure(figsize=(5 * len(panels) + 2, 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     entries = {}
     for axis, title in zip(axes, panels):
-        for label, rows in panels[title].items():
+        for place, arm in enumerate(learned):
+            rows = [row for row in arm.rows if "+".join(row["characters"]) == title]
             at, mean, low, high = mean_curve(rows).T
-            place = places[label]
             color = f"C{place % 10}"
             style = ("-", "--", ":", "-.")[place // 10 % 4]  # forty looks
             if len(at):
                 (line,) = axis.plot(at, mean, color=color, linestyle=style, marker=".")
                 axis.fill_between(at, low, high, color=color, alpha=0.15)
-                entries[label] = line
+                entries[arm.label] = line
         axis.set(title=title, xlabel="transitions", ylabel="held-out loss per action (nats)")
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
     figure.savefig(path)
@@ -503,12 +495,22 @@ def report(args: Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
-    text = ".jsonl files of rows, folders of runs or evaluations"
-    add("paths", nargs="+", type=Path, metavar="ROWS_OR_RUN_DIR", help=text)
-    text = "also write report.md and pictures into this folder"
-    add("--out", type=Path, metavar="DIR", help=text)
-    text = "arm to compare with (default: %(default)s)"
-    add("--baseline", default="ours", metavar="ARM", help=text)
+    add(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="ROWS_OR_RUN_DIR",
+        help=".jsonl files of rows, folders of runs or evaluations",
+    )
+    add(
+        "--out", type=Path, metavar="DIR", help="also write report.md and pictures into this folder"
+    )
+    add(
+        "--baseline",
+        default="ours",
+        metavar="ARM",
+        help="arm to compare with (default: %(default)s)",
+    )
     return parser.run(report, argv)
 
 

@@ -19,15 +19,15 @@ from custom_nethack_pomdp import ENDS, UserError
 
 Row = Dict[str, Any]
 DEFAULT_VARIANT = "default"  # of a row: the way of acting that is the arm's own
-# Columns of <step>_<character>_games.csv that are kept, and their names in a study's rows.
+# Columns of <step>_<character>_games.csv that are kept. A study's rows have them in the plural.
 COLUMNS = {
-    "score": ("scores", float),
-    "depth": ("depths", int),
-    "max_depth": ("max_depths", int),
-    "level": ("levels", int),
-    "turns": ("turns", int),
-    "length": ("lengths", int),
-    "cause": ("causes", str),
+    "score": float,
+    "depth": int,
+    "max_depth": int,
+    "level": int,
+    "turns": int,
+    "length": int,
+    "cause": str,
 }
 
 
@@ -82,9 +82,9 @@ def newest_games(folder: Path) -> Dict[str, Path]:
 
 
 def read_games(paths: Mapping[str, Path]) -> Row:
-    """{character: <step>_<character>_games.csv} -> {name in COLUMNS: {character: a value of each
-    game, in their order}} and {"ends": {character: {way to end: games}}}. Older files lack some
-    columns. Raises UserError."""
+    """{character: <step>_<character>_games.csv} -> {scores, depths, ...: {character: a value of
+    each game, in their order}} and {"ends": {character: {way to end: games}}}. Older files lack
+    some columns. Raises UserError."""
     found: Row = {"scores": {}, "ends": {}}
     for character, path in paths.items():
         ends = found["ends"][character] = dict.fromkeys(ENDS, 0)
@@ -92,10 +92,10 @@ def read_games(paths: Mapping[str, Path]) -> Row:
             games = read_table(path)
             for game in games:
                 ends[game["end"]] += 1
-            for column, (name, kind) in COLUMNS.items():
+            for column, kind in COLUMNS.items():
                 if column == "score" or (games and column in games[0]):
                     values = [kind(game[column]) for game in games]
-                    found.setdefault(name, {})[character] = values
+                    found.setdefault(column.rstrip("s") + "s", {})[character] = values
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path} is damaged: a line without score or end") from None
     return found

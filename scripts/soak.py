@@ -1,4 +1,4 @@
-"""Long trials of what a run promises to survive: before a release, by scripts/soak.sh.
+"""Before a release, by scripts/soak.sh: long trials of what a run promises to survive.
 
     kills    runs that are killed (SIGKILL) at random moments: while they build the store, train,
              write a checkpoint, rename files, play, or at any time, or that find no room for a
@@ -324,10 +324,16 @@ def main(argv: List[str]) -> int:
         return run_small(argv[1:])
     parser = Parser(__doc__)
     for name in TRIALS:
-        text = "so many trials (default: none)"
-        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=text)
-    text = "decides the moments and the damage (default: %(default)s)"
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help=text)
+        parser.add_argument(
+            f"--{name}", type=int, default=0, metavar="N", help="so many trials (default: none)"
+        )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="decides the moments and the damage (default: %(default)s)",
+    )
     return parser.run(soak, argv)
 
 

@@ -241,8 +241,9 @@ def run_training(
     others: Dict[str, Any] = {"params": [], "weight_decay": 0.0}
     decayed: Dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
     for name, parameter in algo.model.named_parameters():
-        told = "the weight-decay split asserts a gradient of every parameter"
-        assert parameter.requires_grad, told
+        assert parameter.requires_grad, (
+            "the weight-decay split asserts a gradient of every parameter"
+        )
         group = others
         if "weight" in name and "norm" not in name and "bn" not in name:
             group = decayed

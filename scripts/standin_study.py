@@ -1,4 +1,4 @@
-"""Ours, BC and IQL as the benchmark runs them, on real games: when the block was changed for it.
+"""After the block was changed: ours, BC and IQL as the benchmark runs them, but on real games.
 
     python scripts/standin_study.py --data_path DATA_DIR --rnn_hidden_dim 512 --out rows.jsonl
     python scripts/standin_study.py --data_path tests/data/nle_data --steps 20 --batch_size 8 \\
@@ -235,8 +235,7 @@ def standin_study(options: Namespace) -> None:
         raise pomdp.UserError(f"{', '.join(NUMBERS)} must be at least 1")
     store = pomdp.open_or_build_store(options.data_path, options.store_path, options.character)
     if store.index["unknown_keys"].any():
-        told = f"{store}: the benchmark's batches cannot say so, take other games"
-        raise pomdp.UserError(told)
+        raise pomdp.UserError(f"{store}: the benchmark's batches cannot say so, take other games")
     games = pomdp.Games([store])
     table = draw_glyphs()
     rows = []
@@ -252,8 +251,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--data_path", required=True, help="folder with recorded games")
     for name, default in DEFAULTS.items():
-        text = "default: %(default)s"
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help="default: %(default)s"
+        )
     return parser.run(standin_study, argv)
 
 

@@ -158,8 +158,9 @@ def read_arm(content: Dict[str, Any], file: Path, arm: str) -> List[Run]:
     evaluations = {DEFAULT_VARIANT: {}, **content["evaluations"].get(arm, {})}
     for variant, way in evaluations.items():
         if {*way} - {*ACTING, "algorithm", "games"}:
-            told = f"evaluation {variant} takes {', '.join(ACTING)}, algorithm and games alone"
-            raise UserError(told)
+            raise UserError(
+                f"evaluation {variant} takes {', '.join(ACTING)}, algorithm and games alone"
+            )
     runs = []
     for place, seed in enumerate(dict.fromkeys(seeds)):
         for number, character in enumerate(dict.fromkeys(content["characters"])):
@@ -185,8 +186,9 @@ def check_content(content: Dict[str, Any]) -> None:
         value = content.get(name)
         if type(value) is not KINDS.get(name) or not (value or name in OPTIONAL):
             kinds = ", ".join(f"{name} ({kind.__name__})" for name, kind in KINDS.items())
-            told = f"{name} is missing, empty, unknown or of another type; a study has {kinds}"
-            raise UserError(told)
+            raise UserError(
+                f"{name} is missing, empty, unknown or of another type; a study has {kinds}"
+            )
     phases = content["phases"]
     start = 0
     for stop in phases:
@@ -194,8 +196,7 @@ def check_content(content: Dict[str, Any]) -> None:
             raise UserError(f"phases takes rising multiples of {CHUNK}, not {phases}")
         start = stop
     if {*content["evaluations"]} - {*content["arms"]} or not NAME.fullmatch(content["name"]):
-        told = "name takes letters, digits and _ . + -; evaluations takes names of arms"
-        raise UserError(told)
+        raise UserError("name takes letters, digits and _ . + -; evaluations takes names of arms")
 
 
 def read_study(file: Path) -> Tuple[List[int], List[Run]]:
@@ -260,8 +261,9 @@ def code_of(config: TrainConfig) -> Code:
 
 def check_code(run: Run) -> None:
     if code_of(run.config) != run.code:
-        told = "the script or the submission was changed since the study began; start it again"
-        raise UserError(told)
+        raise UserError(
+            "the script or the submission was changed since the study began; start it again"
+        )
 
 
 def row_config(config: TrainConfig) -> Dict[str, Any]:
@@ -282,8 +284,9 @@ def describe_data(store: Any, heldout_share: float) -> Row:
     lie."""
     heldout = pomdp.choose_heldout(store.names, heldout_share)
     if not heldout.any():
-        told = f"a study needs held-out games, and there is only one game in {store.folder}"
-        raise UserError(told)
+        raise UserError(
+            f"a study needs held-out games, and there is only one game in {store.folder}"
+        )
     found: Row = {}
     for name, part in (("training", ~heldout), ("heldout", heldout)):
         found[name] = {"games": int(part.sum()), "frames": int(store.frames[part].sum())}
@@ -379,12 +382,14 @@ def train(task: Task, args: Namespace) -> Path:
     # nothing else can.
     games = [part["games_sha256"] for part in task.data.values()]
     digest = hash_of(settings_hash(run.config, args.phases), games)
-    places = {
-        "data_path": args.data_path,
-        "store_path": args.store_path,
-        "checkpoints_path": args.runs_path,
-    }
-    config = replace(run.config, **places, name=f"{run.arm}-{digest[:8]}", resume=True)
+    config = replace(
+        run.config,
+        data_path=args.data_path,
+        store_path=args.store_path,
+        checkpoints_path=args.runs_path,
+        name=f"{run.arm}-{digest[:8]}",
+        resume=True,
+    )
     best = pomdp.train(config) / "best.pt"
     if not best.is_file():
         raise UserError("no held-out loss was finite, so there are no best weights")
@@ -495,8 +500,8 @@ def plan(runs: Sequence[Run], rows: Sequence[Row], stores: Row, args: Namespace)
             key = [config.group, run.arm, variant, config.train_seed, config.characters]
             there = [row for row in rows if key == [row[name] for name in NAMES]]
             valid = [row for row in there if is_valid(row, way, args.phases, task.data)]
-            versions = {row["script_sha256"] for row in valid}
-            older += bool(versions - {run.code["script_sha256"]})
+            now = run.code["script_sha256"]
+            older += any(row["script_sha256"] != now for row in valid)
             if not valid:
                 task.missing.append(variant)
                 stale += bool(there)
@@ -556,8 +561,9 @@ def study(args: Namespace) -> int:
         try:
             pomdp.lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            told = f"another study is writing to {path}; --out takes another file"
-            raise UserError(told) from None
+            raise UserError(
+                f"another study is writing to {path}; --out takes another file"
+            ) from None
         return run_study(runs, args, file)
 
 
@@ -569,11 +575,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml")
-    text = "rows (default: scripts/results/<study>.jsonl)"
-    add("--out", type=Path, metavar="FILE", help=text)
+    add("--out", type=Path, metavar="FILE", help="rows (default: scripts/results/<study>.jsonl)")
     add("--data_path", help="games to learn from, as for custom_nethack_pomdp.py")
-    text = "folder of chunk stores (default: %(default)s)"
-    add("--store_path", default="runs/stores", help=text)
+    add("--store_path", default="runs/stores", help="folder of chunk stores (default: %(default)s)")
     add("--runs_path", default="runs/studies", help="folder of runs (default: %(default)s)")
     for name in SELECT:
         add(f"--{name}", type=by_commas, help="these alone, separated by commas")
