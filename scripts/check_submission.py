@@ -271,10 +271,7 @@ def check_extreme_weights(trial: Trial) -> str:
 @torch.no_grad()
 def scale_weights(algo: Any, head: float, backbone: float = 1.0) -> None:
     for name, parameter in algo.model.named_parameters():
-        factor = head
-        if name.startswith("backbone."):
-            factor = backbone
-        parameter.mul_(factor)
+        parameter.mul_(backbone if name.startswith("backbone.") else head)
 
 
 def check_acts(trial: Trial) -> str:
@@ -363,8 +360,9 @@ def run_checks(
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "file",
         nargs="?",
@@ -382,8 +380,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     failed = 0
     try:
         block = read_block(options.file)
-        mark = EXPORT_MARK.encode()
-        exported = out and out.is_file() and out.read_bytes().startswith(mark)
+        exported = out and out.is_file() and out.read_bytes().startswith(EXPORT_MARK.encode())
         if out and os.path.lexists(out) and not exported:
             raise ValueError(f"will not overwrite {out}: it is not an exported block")
         torch.set_num_threads(1)  # small networks: more only wait for each other

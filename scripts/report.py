@@ -46,6 +46,7 @@ SAME = ("study", "algorithm", "variant", "settings", "seed", "characters")  # of
 # or are told apart anyway. The names that its user gave a run do tell it from others.
 NOT_SETTINGS = (NO_RESULT - {"group", "name"}) | {"device", "character", "train_seed", "evaluate"}
 NOTHING = "–"
+Line = Dict[str, str]  # of the table: {column in HEADER: cell}
 # the benchmark's best, 204.8 million
 PUBLISHED = {"mon-hum-neu": 0.024, "val-hum-neu": 0.0216, "ran-hum-neu": 0.089}
 HEADER = {
@@ -271,8 +272,7 @@ def show(found: Optional[Estimate], digits: int, bold: bool = False) -> str:
 
 
 # --- tables
-def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]:
-    """{column in HEADER: cell}."""
+def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Line:
     mine = Sample(arm, character)
     points = np.array(list(mine.points.values()))
     line = {
@@ -302,7 +302,7 @@ def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Dict[str, str]
     return line
 
 
-def lines_of_recorded(arms: Sequence[Arm], character: str) -> List[Dict[str, str]]:
+def lines_of_recorded(arms: Sequence[Arm], character: str) -> List[Line]:
     """Of the recorded games, up to the step limit: one line, since all rows have the same."""
     recorded = {}
     for arm in arms:
@@ -322,7 +322,7 @@ def lines_of_recorded(arms: Sequence[Arm], character: str) -> List[Dict[str, str
     return lines
 
 
-def lines_of_all(arm: Arm, characters: Sequence[str]) -> List[Dict[str, str]]:
+def lines_of_all(arm: Arm, characters: Sequence[str]) -> List[Line]:
     """Over all characters: the geometric mean of their scores, and the loss of weights that learned
     them together. No line of an arm that lacks one's games."""
     games = 0
@@ -346,7 +346,7 @@ def lines_of_all(arm: Arm, characters: Sequence[str]) -> List[Dict[str, str]]:
 
 
 def make_table(arms: Sequence[Arm], baseline: str = "ours") -> str:
-    lines: List[Dict[str, str]] = []
+    lines: List[Line] = []
     characters = characters_of(arms)
     for character in characters:
         trained = [arm for arm in arms if character in characters_of([arm])]

@@ -15,6 +15,7 @@ A network of 16 units and the games in tests/data/. Exits with 1 and names the t
 tests/test_soak.py has all this in short.
 """
 
+import itertools
 import os
 import random
 import resource
@@ -67,6 +68,8 @@ ENVIRONMENT = {
 }
 SECONDS = 300  # no single trial takes as long
 RUN = Path("runs", "custom-nethack-pomdp-v0", f"custom-{MONK}-seed42")
+Call = Callable[..., Any]
+Content = Dict[str, Any]
 
 
 class Failure(Exception):
@@ -74,15 +77,12 @@ class Failure(Exception):
 
 
 # --- a small run in processes of its own
-def before_call(
-    function: Callable[..., Any], count: int, act: Callable[..., Any]
-) -> Callable[..., Any]:
+def before_call(function: Call, count: int, act: Call) -> Call:
     """The function, with `act(*arguments)` before its count-th call."""
-    calls: List[int] = []
+    calls = itertools.count(1)
 
     def counted(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == count:
+        if next(calls) == count:
             act(*args)
         return function(*args, **options)
 
@@ -105,7 +105,7 @@ def fill_the_disk(*_: Any) -> None:
 
 
 # -> calls in a run; what is disturbed, and how
-PHASES: Dict[str, Tuple[int, Any, str, Callable[..., Any]]] = {
+PHASES: Dict[str, Tuple[int, Any, str, Call]] = {
     "building the store": (5, pomdp, "encode_game", die),
     "training": (12, pomdp.Trainer, "update", die),
     "writing a checkpoint": (5, torch, "save", write_a_part_and_die),
@@ -127,12 +127,6 @@ def run_small(argv: List[str]) -> int:
     return pomdp.main(arguments)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run(
     folder: Path,
     processes: int,
@@ -145,9 +139,12 @@ def run(
     folder.mkdir(exist_ok=True)
     settings = {**SETTINGS, "store_path": folder / "stores", "checkpoints_path": folder / "runs"}
     arguments = [f"--{name}={value}" for name, value in settings.items()]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     environment = {
         **ENVIRONMENT,
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes),
         "TMPDIR": str(folder),
     }
@@ -191,10 +188,10 @@ def rows_of(folder: Path) -> List[Row]:
     return rows
 
 
-def outcome(folder: Path) -> Dict[str, Any]:
+def outcome(folder: Path) -> Content:
     """All that a run leaves in its folder, but for times and paths."""
     files = sorted(folder.iterdir())
-    found: Dict[str, Any] = {"files": [path.name for path in files], "rows": rows_of(folder)}
+    found: Content = {"files": [path.name for path in files], "rows": rows_of(folder)}
     for path in files:
         if path.suffix == ".pt":
             content = pomdp.read_checkpoint(path)
@@ -209,7 +206,7 @@ def outcome(folder: Path) -> Dict[str, Any]:
     return found
 
 
-def differences(one: Dict[str, Any], other: Dict[str, Any]) -> List[str]:
+def differences(one: Content, other: Content) -> List[str]:
     lacking = object()
     names = {**one, **other}
     return [name for name in names if one.get(name, lacking) != other.get(name, lacking)]
@@ -294,7 +291,7 @@ def try_games(trials: int, seed: int, folder: Path) -> None:
         raise Failure(what)
 
 
-TRIALS: Dict[str, Any] = {
+TRIALS: Content = {
     "kills": partial(try_runs, 1),
     "ranks": partial(try_runs, 2),
     "games": try_games,

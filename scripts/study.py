@@ -100,6 +100,7 @@ ACTING = ("eval_processes", "eval_max_steps", "eval_precision", "eval_seed")  # 
 NAMES = ("study", "algorithm", "variant", "seed", "characters")  # of a row
 NEEDED = {*NAMES, "settings", "config", "data", "script_sha256"}
 CHUNK = 100  # frames of a held-out game that are scored at once
+Settings = Dict[str, Any]
 Code = Dict[str, Optional[str]]  # {"script_sha256": ..., "submission_sha256": ...}
 
 
@@ -124,11 +125,11 @@ class Task(NamedTuple):
 
 
 # --- the study's file
-def make_config(file: Path, parts: Sequence[Dict[str, Any]]) -> TrainConfig:
+def make_config(file: Path, parts: Sequence[Settings]) -> TrainConfig:
     """What the main script makes of these settings, later over earlier ones; `algorithm` is merged
     key by key."""
-    values: Dict[str, Any] = {}
-    algorithm: Dict[str, Any] = {}
+    values: Settings = {}
+    algorithm: Settings = {}
     for part in parts:
         values.update(part)
         algorithm.update(part.get("algorithm", {}))
@@ -146,7 +147,7 @@ def make_config(file: Path, parts: Sequence[Dict[str, Any]]) -> TrainConfig:
     return pomdp.parse_config(arguments)
 
 
-def read_arm(content: Dict[str, Any], file: Path, arm: str) -> List[Run]:
+def read_arm(content: Settings, file: Path, arm: str) -> List[Run]:
     """Raises what read_study makes one line of."""
     base = content["base"]
     own = dict(content["arms"][arm] or {})
@@ -180,7 +181,7 @@ def read_arm(content: Dict[str, Any], file: Path, arm: str) -> List[Run]:
     return runs
 
 
-def check_content(content: Dict[str, Any]) -> None:
+def check_content(content: Settings) -> None:
     """Raises UserError where the parts of a study's file are not what KINDS says."""
     for name in [*KINDS, *content]:
         value = content.get(name)
@@ -266,7 +267,7 @@ def check_code(run: Run) -> None:
         )
 
 
-def row_config(config: TrainConfig) -> Dict[str, Any]:
+def row_config(config: TrainConfig) -> Settings:
     return {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
 
 
@@ -567,10 +568,6 @@ def study(args: Namespace) -> int:
         return run_study(runs, args, file)
 
 
-def by_commas(text: str) -> List[str]:
-    return text.split(",")
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -580,7 +577,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--store_path", default="runs/stores", help="folder of chunk stores (default: %(default)s)")
     add("--runs_path", default="runs/studies", help="folder of runs (default: %(default)s)")
     for name in SELECT:
-        add(f"--{name}", type=by_commas, help="these alone, separated by commas")
+        add(f"--{name}", type=lambda text: text.split(","), help="these alone, separated by commas")
     add("--keep", action="store_true", help="keep the checkpoints when their rows are written")
     add("--dry_run", action="store_true", help="list what is to do; do nothing")
     os.environ.setdefault("WANDB_MODE", "disabled")
