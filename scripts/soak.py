@@ -1,19 +1,21 @@
-"""Long trials of what a run promises to survive; scripts/soak.sh runs them at length, tests/test_soak.py in short.
+"""Before a release, by scripts/soak.sh: long trials of what a run promises to survive.
 
-    kills    runs that are killed (SIGKILL) at random moments: while they build the store, train, write a checkpoint,
-             rename files, play, or at any time, or that find no room for a checkpoint and must say so in one line;
-             resumed, each must end as an undisturbed run does, to the bit
+    kills    runs that are killed (SIGKILL) at random moments: while they build the store, train,
+             write a checkpoint, rename files, play, or at any time, or that find no room for a
+             checkpoint and must say so in one line; resumed, each must end as an undisturbed run
+             does, to the bit
     ranks    the same with two processes, one of which is killed
-    games    the same games over and over in one process must stay the same; neither its memory nor its temporary
-             folders may grow
+    games    the same games over and over in one process must stay the same; neither its memory nor
+             its temporary folders may grow
 
-    python scripts/soak.py [--kills N] [--ranks N] [--games N] [--seed S]
+    python scripts/soak.py --kills 2          # some 20 seconds each
+    python scripts/soak.py --ranks 1 --games 1000 --seed 3
 
 A network of 16 units and the games in tests/data/. Exits with 1 and names the trial if one fails.
+tests/test_soak.py has all this in short.
 """
 
-import argparse
-import json
+import itertools
 import os
 import random
 import resource
@@ -25,47 +27,49 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import torch
+from shared import ROOT, Parser, Row, read_rows
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import custom_nethack_pomdp as pomdp
 
-GAMES = ROOT / "tests" / "data" / "nle_data"
 MONK = "mon-hum-neu"
-SETTINGS = dict(
-    data_path=GAMES,
-    character=MONK,
-    batch_size=4,
-    seq_len=8,
-    update_steps=12,
-    log_every=3,
-    rnn_dropout=0.3,
-)
-SETTINGS.update(
-    checkpoint_every=3,
-    eval_every=6,
-    eval_episodes=4,
-    eval_processes=4,
-    eval_max_steps=30,
-)
-SETTINGS.update(eval_heldout_frames=128, resume="true")
-SETTINGS.update(benchmark_sizes="false", rnn_hidden_dim=16)
+SETTINGS = {
+    "data_path": ROOT / "tests" / "data" / "nle_data",
+    "character": MONK,
+    "batch_size": 4,
+    "seq_len": 8,
+    "update_steps": 12,
+    "log_every": 3,
+    "rnn_dropout": 0.3,
+    "checkpoint_every": 3,
+    "eval_every": 6,
+    "eval_episodes": 4,
+    "eval_processes": 4,
+    "eval_max_steps": 30,
+    "eval_heldout_frames": 128,
+    "resume": "true",
+    "benchmark_sizes": "false",
+    "rnn_hidden_dim": 16,
+}
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "WANDB_MODE": "disabled",
+    "MASTER_ADDR": "127.0.0.1",
 }
 SECONDS = 300  # no single trial takes as long
 RUN = Path("runs", "custom-nethack-pomdp-v0", f"custom-{MONK}-seed42")
+Call = Callable[..., Any]
+Content = Dict[str, Any]
 
 
 class Failure(Exception):
@@ -73,15 +77,12 @@ class Failure(Exception):
 
 
 # --- a small run in processes of its own
-def before_call(
-    function: Callable[..., Any], count: int, act: Callable[..., Any]
-) -> Callable[..., Any]:
+def before_call(function: Call, count: int, act: Call) -> Call:
     """The function, with `act(*arguments)` before its count-th call."""
-    calls: List[int] = []
+    calls = itertools.count(1)
 
     def counted(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == count:
+        if next(calls) == count:
             act(*args)
         return function(*args, **options)
 
@@ -99,12 +100,12 @@ def write_a_part_and_die(_content: Any, file: Any) -> None:
 
 
 def fill_the_disk(*_: Any) -> None:
-    """From here on no file may grow beyond 100 kB: what a full disk does, as far as a process can tell."""
+    """From here on no file may grow beyond 100 kB: to a process that is a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
 # -> calls in a run; what is disturbed, and how
-PHASES: Dict[str, Tuple[int, Any, str, Callable[..., Any]]] = {
+PHASES: Dict[str, Tuple[int, Any, str, Call]] = {
     "building the store": (5, pomdp, "encode_game", die),
     "training": (12, pomdp.Trainer, "update", die),
     "writing a checkpoint": (5, torch, "save", write_a_part_and_die),
@@ -117,7 +118,7 @@ OF_THE_FIRST = ("building the store", "writing a checkpoint", "full disk", "rena
 
 
 def run_small(argv: List[str]) -> int:
-    """PHASE COUNT ARGUMENTS...: custom_nethack_pomdp.py with a small network, disturbed at one moment."""
+    """PHASE COUNT ARGUMENTS...: custom_nethack_pomdp.py, disturbed at one moment."""
     phase, count, *arguments = argv
     torch.set_num_threads(1)
     if phase in PHASES:
@@ -137,93 +138,78 @@ def run(
     """A run of so many processes, the victim disturbed -> its exit status and standard error."""
     folder.mkdir(exist_ok=True)
     settings = {**SETTINGS, "store_path": folder / "stores", "checkpoints_path": folder / "runs"}
-    arguments = [token for name, value in settings.items() for token in (f"--{name}", str(value))]
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        torchrun = dict(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(probe.getsockname()[1]),
-            WORLD_SIZE=str(processes),
-        )
+        port = probe.getsockname()[1]
+    environment = {
+        **ENVIRONMENT,
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "TMPDIR": str(folder),
+    }
     started = []
     for rank in range(processes):
-        disturbed = (phase, str(count)) if rank == victim else ("", "0")
-        environment = {
-            **ENVIRONMENT,
-            **torchrun,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "TMPDIR": str(folder),
-        }
-        command = [sys.executable, __file__, "--run", *disturbed, *arguments]
-        pipes: Dict[str, Any] = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        started.append(subprocess.Popen(command, env=environment, **pipes))
+        environment["RANK"] = environment["LOCAL_RANK"] = str(rank)
+        disturbed = ["", "0"]
+        if rank == victim:
+            disturbed = [phase, str(count)]
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--run", *disturbed, *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+    disturbed_one = started[victim]
     if moment:
-        threading.Timer(moment, started[victim].kill).start()
+        threading.Timer(moment, disturbed_one.kill).start()
     try:
-        _, err = started[victim].communicate(timeout=SECONDS)
-        if started[victim].returncode == 0:
+        _, err = disturbed_one.communicate(timeout=SECONDS)
+        if disturbed_one.returncode == 0:
             for process in started:
                 process.wait(SECONDS)
     finally:
         for process in started:  # as torchrun does
             process.kill()
             process.wait()
-    return started[victim].returncode, err
+    return disturbed_one.returncode, err
 
 
 # --- runs that must end alike
-def leaves(content: Any, where: str = "") -> Dict[str, Any]:
-    """{path: leaf} of nested dicts, lists and tuples; tensors as bytes."""
-    if isinstance(content, (dict, list, tuple)):
-        items = content.items() if isinstance(content, dict) else enumerate(content)
-        return {
-            path: leaf
-            for key, value in items
-            for path, leaf in leaves(value, f"{where}/{key}").items()
-        }
-    return {
-        where: (content.dtype, content.numpy().tobytes())
-        if isinstance(content, torch.Tensor)
-        else content
-    }
-
-
-def rows_of(folder: Path) -> List[Dict[str, Any]]:
+def rows_of(folder: Path) -> List[Row]:
     """A run's logged rows, without what depends on the clock."""
-    rows = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [
-        {name: value for name, value in row.items() if not name.startswith(("times/", "charts/"))}
-        for row in rows
-    ]
+    rows = read_rows(folder / "metrics.jsonl")
+    for row in rows:
+        for name in list(row):
+            if name.startswith(("times/", "charts/")):
+                del row[name]
+    return rows
 
 
-def outcome(folder: Path) -> Dict[str, Any]:
+def outcome(folder: Path) -> Content:
     """All that a run leaves in its folder, but for times and paths."""
-    found: Dict[str, Any] = {
-        "files": sorted(path.name for path in folder.iterdir()),
-        "rows": rows_of(folder),
-    }
-    for path in folder.iterdir():
+    files = sorted(folder.iterdir())
+    found: Content = {"files": [path.name for path in files], "rows": rows_of(folder)}
+    for path in files:
         if path.suffix == ".pt":
             content = pomdp.read_checkpoint(path)
-            # these name folders, and when the games were unpacked
-            kept = {name: part for name, part in content.items() if name not in ("config", "run")}
-            found.update(leaves(kept, path.name))
+            for name in ("config", "run"):  # these name folders, and when the games were unpacked
+                del content[name]
+            for place, leaf in tree_flatten_with_path(content)[0]:
+                if isinstance(leaf, torch.Tensor):
+                    leaf = (leaf.dtype, leaf.numpy().tobytes())
+                found[path.name + keystr(place)] = leaf
         elif path.suffix in (".npy", ".csv"):
             found[path.name] = path.read_bytes()
     return found
 
 
-def differences(one: Dict[str, Any], other: Dict[str, Any]) -> List[str]:
-    return [
-        name
-        for name in {**one, **other}
-        if name not in one or name not in other or one[name] != other[name]
-    ]
+def differences(one: Content, other: Content) -> List[str]:
+    lacking = object()
+    names = {**one, **other}
+    return [name for name in names if one.get(name, lacking) != other.get(name, lacking)]
 
 
 def try_runs(processes: int, trials: int, seed: int, folder: Path) -> None:
@@ -232,28 +218,33 @@ def try_runs(processes: int, trials: int, seed: int, folder: Path) -> None:
     status, err = run(folder / "undisturbed", processes)
     if status:
         raise Failure(f"the undisturbed run ended with {status}: {err}")
-    expected, duration, rng = (
-        outcome(folder / "undisturbed" / RUN),
-        time.monotonic() - begin,
-        random.Random(seed),
-    )
+    expected = outcome(folder / "undisturbed" / RUN)
+    duration = time.monotonic() - begin
+    rng = random.Random(seed)
+    phases = [*PHASES, "any moment"]
     for number in range(trials):
-        phase, here = (
-            [*PHASES, "any moment"][(number + seed) % (len(PHASES) + 1)],
-            folder / f"run{number}",
-        )
-        count = rng.randint(1, PHASES[phase][0]) if phase in PHASES else 0
-        moment = 0.0 if count else rng.uniform(0.1, duration)
-        victim = 0 if phase in OF_THE_FIRST else rng.randrange(processes)
-        trial = f"run {number + 1} (seed {seed}): process {victim} of {processes}, {phase}, "
-        trial += f"call {count}" if count else f"{moment:.1f} s"
+        phase = phases[(number + seed) % len(phases)]
+        here = folder / f"run{number}"
+        count = 0
+        moment = 0.0
+        victim = 0
+        if phase in PHASES:
+            count = rng.randint(1, PHASES[phase][0])
+            when = f"call {count}"
+        else:
+            moment = rng.uniform(0.1, duration)
+            when = f"{moment:.1f} s"
+        if phase not in OF_THE_FIRST:
+            victim = rng.randrange(processes)
+        trial = f"run {number + 1} (seed {seed}): process {victim} of {processes}, {phase}, {when}"
         status, err = run(here, processes, phase, count, victim, moment)
         right = status == -signal.SIGKILL or (status == 0 and not count)
         if phase == "full disk":
             right = status == 2 and err.count("error: cannot write") == 1 and "Traceback" not in err
         if not right:
             raise Failure(f"{trial}: it ended with {status} and said: {err}")
-        status, err = run(here, processes) if status else (0, "")
+        if status:
+            status, err = run(here, processes)
         if status:
             raise Failure(f"{trial}: resumed, it ended with {status}: {err}")
         different = differences(outcome(here / RUN), expected)
@@ -300,27 +291,20 @@ def try_games(trials: int, seed: int, folder: Path) -> None:
         raise Failure(what)
 
 
-TRIALS: Dict[str, Any] = {
+TRIALS: Content = {
     "kills": partial(try_runs, 1),
     "ranks": partial(try_runs, 2),
     "games": try_games,
 }
 
 
-def main(argv: List[str]) -> int:
-    if argv[:1] == ["--run"]:
-        return run_small(argv[1:])
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in TRIALS:
-        parser.add_argument(f"--{name}", type=int, default=0, metavar="N")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="decides the moments and the damage"
-    )
-    args = parser.parse_args(argv)
+def soak(args: Namespace) -> int:
+    """Exit status: 1 where a trial failed."""
+    if not max(getattr(args, name) for name in TRIALS):
+        raise pomdp.UserError("nothing to try: give --kills N, --ranks N or --games N")
     for name, function in TRIALS.items():
-        number, begin = getattr(args, name), time.monotonic()
+        number = getattr(args, name)
+        begin = time.monotonic()
         if number > 0:
             with tempfile.TemporaryDirectory(prefix="soak_") as folder:
                 try:
@@ -330,6 +314,24 @@ def main(argv: List[str]) -> int:
                     return 1
             print(f"{name}: {number} passed in {time.monotonic() - begin:.0f} s", flush=True)
     return 0
+
+
+def main(argv: List[str]) -> int:
+    if argv[:1] == ["--run"]:
+        return run_small(argv[1:])
+    parser = Parser(__doc__)
+    for name in TRIALS:
+        parser.add_argument(
+            f"--{name}", type=int, default=0, metavar="N", help="so many trials (default: none)"
+        )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="decides the moments and the damage (default: %(default)s)",
+    )
+    return parser.run(soak, argv)
 
 
 if __name__ == "__main__":

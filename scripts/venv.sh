@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh, test.sh and test_legacy.sh: enters the repository's root and defines
+# Sourced by the other shell scripts: enters the repository's root, makes virtual environments. Defines
 #   ensure_venv DIR "VERSIONS" INSTALL_FUNCTION FILES...
 # which makes the virtual environment DIR with one of the Python VERSIONS and fills it, unless that was done before.
 # FILES are what its content follows from: a stamp in DIR holds their hash, and is written last, so that an

@@ -14,7 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "custom_nethack_pomdp.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
-STATEMENTS = [node for node in ast.walk(TREE) if isinstance(node, ast.stmt)]
 LIMIT_NODES = 25_510
 LIMIT_STATEMENT = 11  # nodes of the median one
 LIMIT_COLUMNS = 100
@@ -22,6 +21,18 @@ LIMIT_FUNCTION, LIMIT_CLASS = 60, 230  # lines of one
 LIMIT_README = 260  # lines
 TOP_LEVEL = {"custom_nethack_pomdp.py", "README.md", "requirements.txt", "tests", "scripts"}
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.DictComp, ast.SetComp)
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+LIMIT_SCRIPTS = 43_040  # nodes of all of them
+# Written before the scripts' limits: a strict failure, so that none stays here once it keeps them.
+UNFINISHED = {
+    "agent_player.py",
+    "autoascend_player.py",
+    "benchmark.py",
+    "inspect_data.py",
+    "scripted_player.py",
+    "run_pages.py",
+    "watch.py",
+}
 
 
 def count_own_nodes(statement):
@@ -38,19 +49,26 @@ def count_own_nodes(statement):
     return count
 
 
-def unpacked(kinds):
+def statements_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+
+
+def count(tree, kinds):
+    return sum(isinstance(node, kinds) for node in ast.walk(tree))
+
+
+def unpacked(tree, kinds):
     """`a, b = ...` with a value of one of these kinds."""
-    assigns = [node for node in STATEMENTS if isinstance(node, ast.Assign)]
-    return [
-        node
-        for node in assigns
-        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, kinds)
-    ]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            found.append(node.value)
+    return [value for value in found if isinstance(value, kinds)]
 
 
-def split_strings():
+def split_strings(tree):
     """`"a b c".split()`, a list in disguise."""
-    calls = [node.func for node in ast.walk(TREE) if isinstance(node, ast.Call)]
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return [
         call
         for call in calls
@@ -58,6 +76,9 @@ def split_strings():
         and call.attr == "split"
         and isinstance(call.value, ast.Constant)
     ]
+
+
+STATEMENTS = statements_of(TREE)
 
 
 def test_what_the_main_file_says():
@@ -68,12 +89,34 @@ def test_what_the_main_file_says():
 def test_one_statement_says_one_thing():
     """In a thousand statements; Katakomba, CORL and fql have 0 to 16 tuples, 6 to 10 conditionals, 8 to 27 comprehensions."""
     thousands = len(STATEMENTS) / 1000
-    conditionals = [node for node in ast.walk(TREE) if isinstance(node, ast.IfExp)]
-    comprehensions = [node for node in ast.walk(TREE) if isinstance(node, COMPREHENSIONS)]
-    assert len(unpacked(ast.Tuple)) <= 15 * thousands
-    assert len(conditionals) <= 20 * thousands
-    assert len(comprehensions) <= 50 * thousands
-    assert unpacked(COMPREHENSIONS) == [] and split_strings() == []
+    assert len(unpacked(TREE, ast.Tuple)) <= 15 * thousands
+    assert count(TREE, ast.IfExp) <= 20 * thousands
+    assert count(TREE, COMPREHENSIONS) <= 50 * thousands
+    assert unpacked(TREE, COMPREHENSIONS) == [] and split_strings(TREE) == []
+
+
+def scripts():
+    for path in SCRIPTS:
+        marks = [pytest.mark.xfail(strict=True)] if path.name in UNFINISHED else []
+        yield pytest.param(path, marks=marks, id=path.name)
+
+
+@pytest.mark.parametrize("path", list(scripts()))
+def test_one_statement_of_a_script_says_one_thing(path):
+    """In a thousand statements; the scripts had up to 265 comprehensions."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    thousands = len(statements_of(tree)) / 1000
+    assert [line for line in text.splitlines() if len(line) > LIMIT_COLUMNS] == []
+    assert len(unpacked(tree, ast.Tuple)) <= 20 * thousands
+    assert count(tree, ast.IfExp) <= 25 * thousands
+    assert count(tree, COMPREHENSIONS) <= 90 * thousands
+    assert split_strings(tree) == []
+
+
+def test_what_all_scripts_say():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SCRIPTS]
+    assert sum(count(tree, ast.AST) for tree in trees) <= LIMIT_SCRIPTS
 
 
 def test_layout():

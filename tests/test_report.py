@@ -227,7 +227,7 @@ def test_rows_of_other_settings_are_never_put_together():
 def test_of_repeated_rows_the_last_is_taken(capsys):
     (arm,) = report.collect([row(scores=[1.0]), row(scores=[2.0]), row(seed=2, scores=[3.0])])
     assert (
-        list(report.games_of(arm, MONK).values()) == [2.0, 3.0]
+        list(report.Sample(arm, MONK).points.values()) == [2.0, 3.0]
         and "repeat others" in capsys.readouterr().err
     )
 

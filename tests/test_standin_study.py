@@ -45,7 +45,7 @@ def monk(stores):
 
 
 def take(games, table, count, **settings):
-    batches = study.game_batches(games, study.check.TrainConfig(**settings), table)
+    batches = study.game_batches(games, study.standin.TrainConfig(**settings), table)
     return [next(batches) for _ in range(count)]
 
 
@@ -58,7 +58,7 @@ def batches(monk, table):
 # --- The batches
 def test_batches_look_as_the_made_up_ones_and_overlap_by_a_step(batches, table):
     made_up = next(
-        study.check.made_up_batches(study.check.TrainConfig(batch_size=3, seq_len=32), seed=0)
+        study.standin.made_up_batches(study.standin.TrainConfig(batch_size=3, seq_len=32), seed=0)
     )
     for name, array in made_up.items():
         assert (batches[0][name].shape, batches[0][name].dtype) == (array.shape, array.dtype), name

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = {"bc": 247_929, "cql": 247_929, "iql": 254_318}
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_submission as check
+import standin
 
 # the benchmark's backbone is scripted
 pytestmark = [
@@ -36,7 +37,7 @@ def path_of(name):
 
 def edited(name, *changes):
     """The block of ours or a reference with pieces of its text replaced; a piece that is not there is a mistake."""
-    block = check.read_block(path_of(name))
+    block = standin.read_block(path_of(name))
     source = block.source
     for old, new in changes:
         assert old in source, old
@@ -55,7 +56,7 @@ def failures(block, **options):
 # --- What passes
 @pytest.mark.parametrize("name", ["ours", *REFERENCES])
 def test_ours_and_the_references_pass(name):
-    results = list(check.run_checks(check.read_block(path_of(name))))
+    results = list(check.run_checks(standin.read_block(path_of(name))))
     assert [result for result in results if not result[1]] == []
     assert len(results) == 9 + (name == "ours")
     if name in REFERENCES:
@@ -77,7 +78,7 @@ def test_a_block_is_what_lies_between_the_banners(tmp_path):
         file.write_text(
             head + "".join(banners) + "# first\nx = 1\n\n# last\n" + RULE + END + RULE + "y = 2\n"
         )
-        block = check.read_block(file)
+        block = standin.read_block(file)
         assert block.source == "# first\nx = 1\n\n# last\n"
         assert block.first_line == 2 + len(banners) and block.whole_file
 
@@ -182,7 +183,7 @@ def test_names_from_outside(source, expected):
     ],
 )
 def test_text_that_the_benchmark_cannot_run(source, complaints):
-    found = check.check_text(check.Block("block.py", source.replace("= {**b}", "= b = np"), 101))
+    found = check.check_text(standin.Block("block.py", source.replace("= {**b}", "= b = np"), 101))
     told = [
         f"line {line - 100}: {complaint}"
         for line, complaint in found
@@ -372,7 +373,7 @@ def test_a_mistake_in_our_block_is_found_by_name(old, new, message):
 
 
 def test_a_run_stops_at_what_cannot_go_on():
-    block = check.Block("block.py", "x = (\n")
+    block = standin.Block("block.py", "x = (\n")
     assert [result[:2] for result in check.run_checks(block)] == [("text", False), ("loads", False)]
     assert list(check.run_checks(edited("bc", ("self.backbone = backbone", "pass"))))[-1][:2] == (
         "builds",
@@ -394,7 +395,7 @@ def test_the_whole_file_must_import_by_path(tmp_path):
         ),
     ):
         whole.write_text(text + more, encoding="utf-8")
-        found = failures(check.read_block(whole), only="whole file by path")
+        found = failures(standin.read_block(whole), only="whole file by path")
         sys.modules.pop("_under_check", None)
         assert len(found) == 1 and re.search(f"^whole file by path: .*{message}", found[0]), found
 
@@ -414,7 +415,7 @@ def test_the_command_passes_and_exports(tmp_path):
             all(line.startswith("ok ") for line in done.stdout.splitlines()[:-1])
             and done.stderr == ""
         )
-        exported, original = check.read_block(out), check.read_block(path_of(name))
+        exported, original = standin.read_block(out), standin.read_block(path_of(name))
         assert exported.source == original.source and exported.first_line == 2
         # no temporary file, no __pycache__
         assert [file.name for file in tmp_path.iterdir()] == ["block.py"]
@@ -439,7 +440,7 @@ def test_the_command_fails_and_tells_what_it_will_not_do(tmp_path, capsys):
 
 # --- The stand-in
 def test_the_loop_is_the_benchmarks():
-    config = check.TrainConfig(batch_size=2, seq_len=4, gamma=0.5, clip_range=1.5)
+    config = standin.TrainConfig(batch_size=2, seq_len=4, gamma=0.5, clip_range=1.5)
     model, given, seen = nn.Linear(1, 1), [], []
 
     def train_step(batch, prev_actions, states):
@@ -450,14 +451,16 @@ def test_the_loop_is_the_benchmarks():
         return model(torch.ones(1)).sum(), {"number": len(given)}, {"loss": 0.0}
 
     def steps(rewards, dones):
-        batches = check.made_up_batches(config, seed=0)
+        batches = standin.made_up_batches(config, seed=0)
         for reward, done in zip(rewards, dones):
             batch = next(batches)
             yield {**batch, "rewards": np.full((2, 5), reward), "dones": np.full((2, 5), done)}
 
     algo = SimpleNamespace(model=model, train_step=train_step, after_gradient_step=lambda: None)
     keep = lambda step, batch, before, *_: seen.append(before)
-    check.run_training(algo, config, steps([2.0, 3.0, 90.0], [False, True, False]), 3, on_step=keep)
+    standin.run_training(
+        algo, config, steps([2.0, 3.0, 90.0], [False, True, False]), 3, on_step=keep
+    )
     # 2 / sqrt(4); 0.5 * 2 + 3 = 4, so 3 / sqrt((4 + 16) / 2); then the sum began again: 90 / sqrt((4 + 16 + 8100) / 3).
     assert [before["rewards"][0, 0].item() for before in seen] == pytest.approx(
         [1.0, 3 / 10**0.5, 1.5]
@@ -472,13 +475,13 @@ def test_the_loop_is_the_benchmarks():
 
 
 def test_the_backbone_is_katakombas():
-    backbone = check.ModelBackbone(121)
+    backbone = standin.ModelBackbone(121)
     lstm = 4 * 2048 * ((128 + 128 + 512 + 121) + 2048 + 2) + 4 * 2048 * (2048 + 2048 + 2)
     assert sum(p.numel() for p in backbone.rnn.parameters()) == lstm
-    small = check.ModelBackbone(5, rnn_hidden_dim=4, width=8)
+    small = standin.ModelBackbone(5, rnn_hidden_dim=4, width=8)
     inputs = {
         k: torch.as_tensor(v)
-        for k, v in check.made_up_frames(np.random.default_rng(0), 1, 2).items()
+        for k, v in standin.made_up_frames(np.random.default_rng(0), 1, 2).items()
     }
     small({**inputs, "prev_actions": torch.tensor([[0, 4]])})
     for wrong in ([[0, 5]], [[0.0, 4.0]]):
@@ -487,23 +490,23 @@ def test_the_backbone_is_katakombas():
 
 
 def test_the_helpers():
-    assert check.asymmetric_l2_loss(torch.tensor([-2.0, 1.0]), 0.8).item() == pytest.approx(
+    assert standin.asymmetric_l2_loss(torch.tensor([-2.0, 1.0]), 0.8).item() == pytest.approx(
         (0.2 * 4 + 0.8 * 1) / 2
     )
     target, source = nn.Linear(1, 1), nn.Linear(1, 1)
     expected = 0.75 * target.weight.item() + 0.25 * source.weight.item()
-    check.soft_update(target, source, 0.25)
+    standin.soft_update(target, source, 0.25)
     assert target.weight.item() == pytest.approx(expected)
 
 
 def test_our_block_gets_over_the_first_rewards():
     """They come out at the clip, where there was none for a while."""
-    trial = check.Trial(check.read_block(check.DEFAULT_FILE))
+    trial = check.Trial(standin.read_block(standin.DEFAULT_FILE))
     trial.load()
     algo, value_losses = trial.algorithm(), []
 
     def rewards_come_late():
-        for step, batch in enumerate(check.made_up_batches(trial.config, seed=1, game_end=0.02)):
+        for step, batch in enumerate(standin.made_up_batches(trial.config, seed=1, game_end=0.02)):
             yield {**batch, "rewards": (batch["rewards"] > 0) * (1.0 if step >= 40 else 0.0)}
 
     def on_step(step, batch, before, loss, states, info):
@@ -512,7 +515,7 @@ def test_our_block_gets_over_the_first_rewards():
         )
         value_losses.append(info["value_loss"].item())
 
-    check.run_training(algo, trial.config, rewards_come_late(), 100, on_step=on_step)
+    standin.run_training(algo, trial.config, rewards_come_late(), 100, on_step=on_step)
     assert max(value_losses) > 10 and np.mean(value_losses[-20:]) < 1, value_losses
 
 
@@ -535,7 +538,7 @@ class TinyBackbone(nn.Module):
 
 def reference(name):
     """The reference on the tiny backbone, its target network moved away from the online one."""
-    module = check.module_by_path(path_of(name), {})
+    module = standin.module_by_path(path_of(name), {})
     torch.manual_seed(0)
     algo = module.OfflineAlgorithm(TinyBackbone(), SimpleNamespace(gamma=0.9, tau=0.25), "cpu")
     with torch.no_grad():
