@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-
-import custom_nethack_pomdp as pomdp
+from shared import pomdp
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOP = 5  # likeliest actions shown

@@ -45,15 +45,14 @@ import tty
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
-import torch
-from nle import nethack
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import html_page
 import human_games
+import numpy as np
 import run_pages
+import torch
 from html_page import View
+from nle import nethack
+from shared import Parser
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NO_ACTION, ROWS, UNKNOWN_KEY, UserError
@@ -436,55 +435,29 @@ def write_run(args: argparse.Namespace, actor: Optional[Actor]) -> None:
 
 
 # --- the command line
-def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", help="best.pt, last.pt or <step>.pt of a run")
-    add("--game", help="a recorded game: ttyrec3.bz2, ttyrec2.bz2 or ttyrec.bz2")
-    add(
-        "--character",
-        help="whom the agent plays (default: the first that the checkpoint was trained on)",
-    )
-    add(
-        "--seed",
-        type=int,
-        dest="eval_seed",
-        help="of the evaluation whose game is played (default: the checkpoint's)",
-    )
-    add(
-        "--number",
-        type=int,
-        default=0,
-        help="number of the game in that evaluation (default: %(default)s)",
-    )
-    add(
-        "--eval_processes",
-        type=int,
-        help="games side by side in it (default: the checkpoint's)",
-    )
-    add("--eval_max_steps", type=int, help="its games' limit (default: the checkpoint's)")
+    add("--checkpoint", metavar="FILE", help="best.pt, last.pt or <step>.pt of a run")
+    add("--game", metavar="FILE", help="a recording: ttyrec3.bz2, ttyrec2.bz2 or ttyrec.bz2")
+    add("--run", metavar="RUN_DIR", help="folder of a run or an evaluation whose games are shown")
+    add("--html", metavar="PAGE", help="write a page for a browser instead; with --run a folder")
+    add("--all", action="store_true", help="with --run: all evaluations, not the newest alone")
+    add("--wandb", action="store_true", help="with --run: also log the pages to its run in wandb")
     add("--start", type=int, default=0, help="step to begin with (default: %(default)s)")
-    add(
-        "--max_steps",
-        type=int,
-        default=1_000_000,
-        help="stop after so many steps (default: at the game's end)",
-    )
+    add("--max_steps", type=int, default=1_000_000, help="stop there (default: the game's end)")
     add("--speed", type=float, default=10.0, help="steps a second (default: %(default)s)")
-    add("--every", type=int, default=1, help="print every so many frames (default: %(default)s)")
-    add(
-        "--html", metavar="PAGE.html", help="write a page for a browser instead; a folder for --run"
-    )
-    add(
-        "--run", metavar="RUN_DIR", help="folder of a run or an evaluation: pages of its kept games"
-    )
-    add("--all", action="store_true", help="of all its evaluations, not of the newest alone")
-    add("--wandb", action="store_true", help="also log these pages to the run in wandb")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--every", type=int, default=1, help="of text and pages: every so many frames (default: 1)")
+    agent = parser.add_argument_group("the agent's game; the checkpoint knows what is left out")
+    add = agent.add_argument
+    add("--character", help="whom it plays: role-race-alignment, such as mon-hum-neu")
+    add("--seed", type=int, dest="eval_seed", help="of the evaluation whose game is played")
+    add("--number", type=int, default=0, help="of the game in it (default: %(default)s)")
+    add("--eval_processes", type=int, help="games side by side in it")
+    add("--eval_max_steps", type=int, help="its games' limit")
+    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)", default="auto")
     add("--submission", help="the submission's file, if the checkpoint is of one and it has moved")
-    return parser.parse_args(argv)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -549,8 +522,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parse(argv)
-    return pomdp.run_command(lambda: run(args), "stopped")
+    return make_parser().run(run, argv, if_stopped="stopped")
 
 
 if __name__ == "__main__":
