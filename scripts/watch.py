@@ -1,9 +1,9 @@
 """Watch an agent play, or a recorded game, in the terminal; or print either as text.
 
-    python scripts/watch.py --checkpoint RUN/best.pt --character mon-hum-neu    # the agent plays
+    python scripts/watch.py --checkpoint scripts/agents/small_512.pt   # the agent in the box plays
     python scripts/watch.py --game DIR/nle.123.0.ttyrec3.bz2           # a recorded game
     python scripts/watch.py --game FILE --checkpoint RUN/best.pt       # what would the agent do?
-    python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt    # as text
+    python scripts/watch.py --checkpoint RUN/best.pt --every 100 > game.txt    # a run's, as text
     python scripts/watch.py --game FILE --html game.html               # a page for a browser
     python scripts/watch.py --run RUN --html FOLDER                    # of all games a run kept
     python scripts/watch.py --game PLAYER/2019-07-25.22_03_29.ttyrec.bz2    # a human's (NLD-NAO)
@@ -451,7 +451,13 @@ def make_parser() -> Parser:
     agent = parser.add_argument_group("the agent's game; the checkpoint knows what is left out")
     add = agent.add_argument
     add("--character", help="whom it plays: role-race-alignment, such as mon-hum-neu")
-    add("--seed", type=int, dest="eval_seed", help="of the evaluation whose game is played")
+    add(
+        "--seed",
+        type=int,
+        dest="eval_seed",
+        metavar="SEED",
+        help="of the evaluation whose game is played",
+    )
     add("--number", type=int, default=0, help="of the game in it (default: %(default)s)")
     add("--eval_processes", type=int, help="games side by side in it")
     add("--eval_max_steps", type=int, help="its games' limit")
@@ -472,7 +478,7 @@ def check(args: argparse.Namespace) -> None:
     if not args.checkpoint and not args.game and not args.run:
         raise UserError("nothing to watch: give --checkpoint FILE, --game FILE or both")
     if args.game and not Path(args.game).is_file():
-        raise UserError(f"there is no recorded game {args.game}")
+        raise UserError(f"there is no recorded game {args.game}: give one's file")
     if args.html and not args.run:
         page = Path(args.html)
         if page.is_dir() or not os.access(page.parent, os.W_OK):
