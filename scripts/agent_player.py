@@ -17,7 +17,9 @@ class AgentPlayer:
     torch's chance anew for each action."""
 
     def __init__(self, model: Any, device: str, rng: np.random.Generator) -> None:
-        self.model, self.device, self.rng = model, device, rng
+        self.model = model
+        self.device = device
+        self.rng = rng
         self.state: Any = None  # what vec_act hands on from step to step
         self.previous = np.array([pomdp.NO_ACTION])
 
@@ -37,7 +39,9 @@ def load(
 ) -> Callable[[np.random.Generator], AgentPlayer]:
     """What makes a player for each game. temperature: None keeps the agent's. Raises UserError."""
     torch.set_num_threads(1)  # sums depend on the threads; and workers would wait for each other
-    settings = {} if temperature is None else {"temperature": temperature}
+    settings = {}
+    if temperature is not None:
+        settings["temperature"] = temperature
     algorithm, config, _ = pomdp.load_agent(
         checkpoint, character=character, algorithm=settings, device="auto"
     )

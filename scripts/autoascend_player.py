@@ -37,7 +37,8 @@ class OldGame:
     """A game with the interface that the bot knows: gym's, with the observations of NLE 0.7.3."""
 
     def __init__(self, game: Any, num_blstats: int) -> None:
-        self.game, self.num_blstats = game, num_blstats
+        self.game = game
+        self.num_blstats = num_blstats
         self._actions: List[Any] = list(nethack.ACTIONS)  # where the bot looks its keys up
 
     def reset(self) -> Dict[str, np.ndarray]:
@@ -69,7 +70,8 @@ class AutoAscendPlayer:
 
     def __init__(self, env_wrapper: Any, rng: np.random.Generator) -> None:
         """`env_wrapper`: the module autoascend.env_wrapper."""
-        self.env_wrapper, self.seed = env_wrapper, int(rng.integers(2**32))
+        self.env_wrapper = env_wrapper
+        self.seed = int(rng.integers(2**32))
 
     def play(self, game: Any) -> Optional[str]:
         """Plays a game that has begun to its end -> None, or the error that broke the bot off."""

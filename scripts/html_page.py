@@ -12,14 +12,10 @@ import json
 import re
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-
-import custom_nethack_pomdp as pomdp
-
-if TYPE_CHECKING:
-    from watch import View
+from shared import pomdp
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOP = 5  # likeliest actions shown
@@ -53,6 +49,27 @@ SAYINGS = {
 }
 
 
+class View(NamedTuple):
+    """One moment of a game, with all that is shown beside it."""
+
+    chars: np.ndarray  # [24, 80] uint8
+    colors: np.ndarray  # [24, 80] int8
+    cursor: np.ndarray  # [2]
+    step: int  # actions before this moment
+    turn: int
+    score: Optional[int]  # None where a recording does not tell
+    action: Optional[int] = None  # pressed here
+    probabilities: Optional[np.ndarray] = None  # [A]
+    value: Optional[float] = None
+    note: str = ""
+
+    @property
+    def score_text(self) -> str:
+        if self.score is None:
+            return "unknown"
+        return f"{self.score:,}"
+
+
 def plain_text(chars: np.ndarray) -> np.ndarray:
     """The terminal's bytes, uint8 -> as ASCII: below 32 shown as blanks, above 126 as '?'."""
     return np.where(chars < 127, np.maximum(chars, 32), ord("?")).astype(np.uint8)
@@ -80,7 +97,7 @@ class Page:
     def __len__(self) -> int:
         return len(self.notes)
 
-    def see(self, view: "View") -> None:
+    def see(self, view: View) -> None:
         """Looks for what a timeline should mark. Takes every view, also those that the page leaves
         out: a mark stands at the next one that it shows."""
         screen = plain_text(view.chars)
@@ -103,10 +120,10 @@ class Page:
             self._mark(view, "end", view.note)
         self.over = over
 
-    def _mark(self, view: "View", kind: str, text: str) -> None:
+    def _mark(self, view: View, kind: str, text: str) -> None:
         self.marks.append((len(self), view.turn, kind, text))
 
-    def add(self, view: "View") -> None:
+    def add(self, view: View) -> None:
         """One frame of the page. It has been seen."""
         chars = plain_text(view.chars).ravel()
         screen = np.stack([chars, view.colors.ravel().astype(np.uint8)])

@@ -45,13 +45,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agent_player
 import autoascend_player
+import numpy as np
 from nle import nethack
+from shared import Parser
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import NUM_ACTIONS, UserError
@@ -82,7 +80,8 @@ def load_function(spec: str) -> Callable[..., Any]:
     module, _, function = spec.partition(":")
     if not module or not function:
         raise UserError(f"--player wants module:function, not {spec!r}")
-    sys.path += [""] if "" not in sys.path else []  # the current folder
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder
     try:
         found = getattr(importlib.import_module(module), function)
         if not callable(found):
@@ -180,13 +179,14 @@ def record(args: argparse.Namespace, numbers: Sequence[int]) -> List[Dict[str, A
     # On the same disk, so that games can be renamed from it.
     scratch = tempfile.mkdtemp(prefix=".recording.", dir=args.out)
     task = partial(play, args, scratch)
-    bar = partial(tqdm, total=len(numbers), unit="game", disable=None)
+    workers = min(args.workers, args.games)
+    bar = partial(pomdp.progress, total=len(numbers), unit="game")
     try:
-        if min(args.workers, args.games) == 1:
-            return list(bar(map(task, numbers)))
+        if workers == 1:
+            return list(bar(iterable=map(task, numbers)))
         # Spawned, not forked: a forked copy of an environment would delete its parent's files.
-        with multiprocessing.get_context("spawn").Pool(min(args.workers, args.games)) as pool:
-            return list(bar(pool.imap(task, numbers)))
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            return list(bar(iterable=pool.imap(task, numbers)))
     finally:
         tempfile.tempdir = None
         shutil.rmtree(scratch, ignore_errors=True)
@@ -214,76 +214,52 @@ def summary(rows: List[Dict[str, Any]], character: str) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--character", required=True, help="role-race-alignment, for example mon-hum-neu")
     add("--games", type=int, required=True, help="how many games to play")
-    add(
-        "--out",
-        required=True,
-        help="folder for the recordings; made if need be, added to if it exists",
-    )
+    add("--out", required=True, help="folder for the recordings: made, or added to if it exists")
     who = parser.add_mutually_exclusive_group()
-    who.add_argument(
-        "--player",
-        default="scripted_player:ScriptedPlayer",
-        help="module:function (default: %(default)s)",
-    )
+    scripted = "scripted_player:ScriptedPlayer"
+    who.add_argument("--player", default=scripted, help="module:function (default: %(default)s)")
     who.add_argument("--autoascend", metavar="CHECKOUT", help="AutoAscend plays, from this folder")
     who.add_argument("--checkpoint", metavar="FILE", help="the agent of this checkpoint plays")
     add("--temperature", type=float, help="softmax temperature of --checkpoint's actions")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the recording, 0 or more (default: %(default)s)",
-    )
-    add(
-        "--first",
-        type=int,
-        default=0,
-        help="first game's number, to add to a recording (default: %(default)s)",
-    )
+    add("--seed", type=int, default=0, help="of the recording, 0 or more (default: %(default)s)")
+    add("--first", type=int, default=0, help="first game's number, to add games (default: 0)")
     add("--workers", type=int, default=1, help="processes to play in (default: %(default)s)")
-    add(
-        "--max_steps",
-        type=int,
-        default=100_000,
-        help="keys after which a game is quit (default: %(default)s)",
-    )
+    limit = "keys after which a game is quit (default: %(default)s)"
+    add("--max_steps", type=int, default=100_000, help=limit)
     add("--leave_out_cut", action="store_true", help="throw games away that had to be quit")
-    return parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    for name, least in dict(games=1, workers=1, max_steps=1, seed=0, first=0).items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    pomdp.check_character(args.character)
+    if args.temperature is not None and not args.checkpoint:
+        raise UserError("--temperature is for --checkpoint alone")
+    load_player(args)
+    numbers = range(args.first, args.first + args.games)
+    folders = [Path(args.out) / f"{args.character}-{args.seed}-{k}" for k in numbers]
+    there = sum(map(Path.exists, folders))
+    if there:
+        told = f"{args.out} already holds {there} of these games"
+        raise UserError(f"{told}: choose another --seed, --first or --out")
+    place = os.path.abspath(args.out)
+    if "%" in place or len(os.fsencode(place)) > LONGEST_OUT:
+        told = f"NLE takes no folder with % in its name, or of more than {LONGEST_OUT} bytes"
+        raise UserError(f"--out: {told}, but {place}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    rows = record(args, numbers)
+    print(f"{summary(rows, args.character)}\n  in {args.out}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parse(argv)
-
-    def command() -> None:
-        for name, least in dict(games=1, workers=1, max_steps=1, seed=0, first=0).items():
-            if getattr(args, name) < least:
-                raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-        pomdp.check_character(args.character)
-        if args.temperature is not None and not args.checkpoint:
-            raise UserError("--temperature is for --checkpoint alone")
-        load_player(args)
-        numbers = range(args.first, args.first + args.games)
-        folders = [Path(args.out) / f"{args.character}-{args.seed}-{k}" for k in numbers]
-        there = sum(folder.exists() for folder in folders)
-        if there:
-            told = f"{args.out} already holds {there} of these games"
-            raise UserError(f"{told}: choose another --seed, --first or --out")
-        place = os.path.abspath(args.out)
-        if "%" in place or len(os.fsencode(place)) > LONGEST_OUT:
-            told = f"NLE takes no folder with % in its name, or of more than {LONGEST_OUT} bytes"
-            raise UserError(f"--out: {told}, but {place}")
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        rows = record(args, numbers)
-        print(f"{summary(rows, args.character)}\n  in {args.out}")
-
-    return pomdp.run_command(command, f"stopped; the games that were over are in {args.out}")
+    return make_parser().run(run, argv, if_stopped="stopped; the games that were over are kept")
 
 
 if __name__ == "__main__":

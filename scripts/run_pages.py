@@ -5,14 +5,16 @@ A run keeps recordings of games where its setting `eval_replays` says so. The in
 evaluation's games.csv tells of them. Its look is in html_index.html.
 """
 
-import csv
+import contextlib
 import fcntl
 import html
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from shared import read_rows, read_table
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import UserError
@@ -47,8 +49,7 @@ def read_facts(path: Path) -> Dict[str, Dict[str, str]]:
     """games.csv -> {number: line}."""
     if not path.exists():
         return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        return {line["game"]: line for line in csv.DictReader(file)}
+    return {line["game"]: line for line in read_table(path)}
 
 
 def kept_games(folder: Path, every_evaluation: bool) -> List[KeptGame]:
@@ -64,9 +65,10 @@ def kept_games(folder: Path, every_evaluation: bool) -> List[KeptGame]:
             games.append(KeptGame(path, int(step), character, int(number), facts))
     if not games:
         raise UserError(f"{folder} holds no recorded game: evaluate with --eval_replays 3, say")
-    newest = max(game.step for game in games)
-    games = [game for game in games if every_evaluation or game.step == newest]
-    return sorted(games, key=lambda game: game.order)
+    games.sort(key=lambda game: game.order)
+    if every_evaluation:
+        return games
+    return [game for game in games if game.step == games[0].step]
 
 
 def show(name: str, facts: Dict[str, str]) -> str:
@@ -81,10 +83,13 @@ def show(name: str, facts: Dict[str, str]) -> str:
 
 def make_index(title: str, games: Sequence[KeptGame]) -> bytes:
     """-> the page that lists the games' pages, in their order."""
-    with_steps = len({game.step for game in games}) > 1
+    with_steps = games[0].step != games[-1].step
     names = ["character", "game", *COLUMNS.values()]
     if with_steps:
         names.insert(0, "step")
+    header = ""
+    for name in names:
+        header += f'<th scope="col" class="{name.split()[-1]}">{name}</th>'
     lines = []
     for game in games:
         link = f'<a href="{html.escape(game.page)}">game {game.number}</a>'
@@ -92,18 +97,14 @@ def make_index(title: str, games: Sequence[KeptGame]) -> bytes:
         cells += [html.escape(show(name, game.facts)) for name in COLUMNS]
         if with_steps:
             cells.insert(0, f"{game.step:,}")
-        pairs = zip(names, cells)
-        line = [f'<td data-name="{name}" class="{name.split()[-1]}">{x}</td>' for name, x in pairs]
-        lines.append(f"<tr>{''.join(line)}</tr>")
-    header = "".join(f'<th scope="col" class="{name.split()[-1]}">{name}</th>' for name in names)
+        line = ""
+        for name, cell in zip(names, cells):
+            line += f'<td data-name="{name}" class="{name.split()[-1]}">{cell}</td>'
+        lines.append(f"<tr>{line}</tr>")
     page = TEMPLATE.read_text(encoding="utf-8")
-    for name, content in (
-        ("%TITLE%", html.escape(title)),
-        ("%HEADER%", header),
-        ("%ROWS%", "\n".join(lines)),
-    ):
-        page = page.replace(name, content)
-    return page.encode()
+    page = page.replace("%TITLE%", html.escape(title))
+    page = page.replace("%HEADER%", header)
+    return page.replace("%ROWS%", "\n".join(lines)).encode()
 
 
 # --- wandb
@@ -113,49 +114,51 @@ def wandb_id_of(folder: Path) -> Optional[str]:
     if (folder / "last.pt").exists():
         progress: Any = pomdp.read_checkpoint(folder / "last.pt")["progress"]
         return progress["wandb_id"]
-    left = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.split("run-")[1])
-    return left[-1].name.rsplit("-", 1)[1] if left else None
+    left = [path.name.split("run-")[1] for path in folder.glob("wandb/*run-*-*")]
+    if not left:
+        return None
+    return max(left).rsplit("-", 1)[1]
 
 
-def transitions_at(folder: Path) -> Dict[int, int]:
-    """{step: transitions} of the run's rows."""
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return {row["step"]: row["transitions"] for row in rows}
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Raises UserError while the run goes on."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"the run in {folder} is going on: add its pages when it is over") from None
+    finally:
+        os.close(lock)
+
+
+def open_logger(folder: Path) -> pomdp.RunLogger:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        known = vars(pomdp.TrainConfig())  # not what the script no longer has
+        given = {name: value for name, value in settings.items() if name in known}
+        return pomdp.RunLogger(pomdp.TrainConfig(**given), folder, wandb_id_of(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is no folder of a run, or it is damaged: {error!r}") from None
 
 
 def log_pages(folder: Path, pages: Path, games: Sequence[KeptGame]) -> None:
     """Adds the games' pages to the run in wandb, a row for each evaluation."""
     folder = folder.resolve()  # its name and its parent's are the run's
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UserError(f"the run in {folder} is going on: add its pages when it is over") from None
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        known = vars(pomdp.TrainConfig())  # not what the script no longer has
-        given = {name: value for name, value in settings.items() if name in known}
-        at = transitions_at(folder)
-        logger = pomdp.RunLogger(pomdp.TrainConfig(**given), folder, wandb_id_of(folder))
-    except (OSError, ValueError, KeyError) as error:
-        os.close(lock)
-        raise UserError(f"{folder} is no folder of a run, or it is damaged: {error!r}") from None
-    try:
+    with locked(folder), contextlib.closing(open_logger(folder)) as logger:
         if logger.run is None:
             raise UserError("wandb is switched off by WANDB_MODE=disabled: --wandb adds nothing")
         import wandb
 
-        for number, step in enumerate(sorted({game.step for game in games})):
-            row: Dict[str, Any] = {"step": step, "transitions": at.get(step, 0)}
-            for game in games:
-                if game.step == step:
-                    text = (pages / game.page).read_text(encoding="utf-8")
-                    name = f"{game.character}/game{game.number}"
-                    row[name] = wandb.Html(text, inject=False)
+        ours = read_rows(folder / "metrics.jsonl")
+        transitions = {row["step"]: row["transitions"] for row in ours}
+        rows: Dict[int, Dict[str, Any]] = {}
+        for game in sorted(games, key=lambda game: game.step):
+            at = {"step": game.step, "transitions": transitions.get(game.step, 0)}
+            text = (pages / game.page).read_text(encoding="utf-8")
+            name = f"{game.character}/game{game.number}"
+            rows.setdefault(game.step, at)[name] = wandb.Html(text, inject=False)
+        for number, row in enumerate(rows.values()):
             logger.run.log(row, step=logger.wandb_step + number)
         print(f"wandb: {len(games)} pages in the run {logger.run.id}")
-    finally:
-        logger.close()
-        os.close(lock)

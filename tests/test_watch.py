@@ -252,11 +252,13 @@ class Session:
         if self.pid == 0:
             # which a shell's background jobs ignore, and so do those that they start
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.environ.update({**QUIET, "TMPDIR": str(folder)})
+            environment = {**os.environ, **QUIET, "TMPDIR": str(folder)}
             for name in ("COLUMNS", "LINES"):  # the terminal's own size counts
-                os.environ.pop(name, None)
+                environment.pop(name, None)
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-            os.execv(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)])
+            line = [sys.executable, str(SCRIPT), *map(str, arguments)]
+            # given, since readline, which pytest loads, sets COLUMNS where os.environ does not see it
+            os.execve(sys.executable, line, environment)
 
     def until(self, pattern):
         end = time.monotonic() + LIMIT_S
