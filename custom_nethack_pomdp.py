@@ -2876,15 +2876,15 @@ def heldout_loss(metrics: Metrics) -> float:
 
 def data_paths(data_path: Optional[str]) -> Sequence[Optional[str]]:
     """One path, or several by commas; one that exists is never taken apart."""
-    if data_path is None or expand(data_path).exists():
+    if data_path is None or os.path.exists(expand(data_path)):
         return [data_path]
     paths = [path.strip() for path in data_path.split(",")]
     return list(filter(None, paths)) or [data_path]
 
 
 def open_stores(config: TrainConfig) -> List[ChunkStore]:
-    """Each character's, at each data path. The first process of a machine builds what is missing, while the others
-    wait; its mistake is one line and ends all."""
+    """Each character's, at each data path. The first process of a machine builds what is missing,
+    while the others wait; its mistake is one line and ends all."""
     stores: List[ChunkStore] = []
     problem = ""
     for is_first in (True, False):

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import label_games
 
-COMMAND = [sys.executable, str(ROOT / "scripts" / "label_games.py")]
 RECORDED = ROOT / "tests" / "data" / "nle_data"
 VARIANT = ROOT / "scripts" / "studies" / "variants" / "inverse_dynamics.py"
 START = 1_300_000_000
@@ -132,7 +131,8 @@ def human(tmp_path_factory):
         pressed = write_as_human(path, play(folder / player, seed))
         lines += xlog(player, "2011-03-13T07:06:40", "2011-03-13T09:00:00")
         parts = [
-            (part.chars.copy(), part.times.copy()) for part in label_games.human_games.read_parts(path)
+            (part.chars.copy(), part.times.copy())
+            for part in label_games.human_games.read_parts(path)
         ]
         chars, times = map(np.concatenate, zip(*parts))
         screens = chars[np.append(np.diff(times) > 50_000, True)]  # all but those between
@@ -182,10 +182,16 @@ def checkpoint(path, submission=None):
     return path
 
 
-def run(*arguments):
-    line = [*COMMAND, *map(str, arguments)]
-    environment = {**os.environ, **QUIET}
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process -> what a subprocess would come back with."""
+
+    def command(*arguments):
+        capsys.readouterr()
+        status = label_games.main([str(argument) for argument in arguments])
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +199,10 @@ def labelled(human):
     folder, _ = human
     arguments = ["--checkpoint", folder / "stand_in.pt", "--data_path", folder / "nao"]
     arguments += ["--out", folder / "out"]
-    return arguments, run(*arguments)
+    line = [sys.executable, str(ROOT / "scripts" / "label_games.py"), *map(str, arguments)]
+    environment = {**os.environ, **QUIET}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    return arguments, done
 
 
 def test_each_label_stands_at_its_screen(human, labelled):
@@ -214,7 +223,7 @@ def test_each_label_stands_at_its_screen(human, labelled):
     assert f"2 games, {screens:,} screens, {keys / screens:.1%} with a key" in done.stdout
 
 
-def test_a_file_that_is_there_is_left_as_it_is(human, labelled):
+def test_a_file_that_is_there_is_left_as_it_is(human, labelled, run):
     """And made anew for another threshold; nothing else is left behind."""
     folder, wanted = human
     arguments, _ = labelled
@@ -251,7 +260,10 @@ def test_training_takes_the_file_and_counts_labelled_frames_alone(human, labelle
             games = one.plan.locate(step)[0]
             mine = one.batch_at(step)[0]["mask"][:, :-1].sum(1).numpy()
             for row, game in enumerate(games):
-                if game >= 0 and one.games.in_store[one.chosen[game]][0].folder == human_games.folder:
+                if (
+                    game >= 0
+                    and one.games.in_store[one.chosen[game]][0].folder == human_games.folder
+                ):
                     frames[number] += int(mine[row])
     held_out = pomdp.choose_heldout(human_games.names, config.heldout_share)
     names = [name.split("/")[1] for name in human_games.names]
@@ -297,7 +309,7 @@ def inverse(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("inverse") / "inverse.pt", VARIANT)
 
 
-def test_games_with_keys_are_labelled_without_a_look_at_them(inverse, tmp_path):
+def test_games_with_keys_are_labelled_without_a_look_at_them(inverse, run, tmp_path):
     """The model is told no key, and reads a game in parts as it does in one piece; --true_keys keeps the keys."""
     arguments = ["--data_path", RECORDED, "--store_path", tmp_path / "stores"]
     arguments += ["--character", "val-hum-neu"]
@@ -309,9 +321,10 @@ def test_games_with_keys_are_labelled_without_a_look_at_them(inverse, tmp_path):
     store = pomdp.open_or_build_store(str(RECORDED), str(tmp_path / "stores"), "val-hum-neu")
     algorithm, *_ = pomdp.load_agent(inverse)
     model = algorithm.model.eval()
-    with h5py.File(tmp_path / "all" / "data-val-hum-neu-any.hdf5") as one, h5py.File(
-        tmp_path / "true" / "data-val-hum-neu-any.hdf5"
-    ) as true:
+    with (
+        h5py.File(tmp_path / "all" / "data-val-hum-neu-any.hdf5") as one,
+        h5py.File(tmp_path / "true" / "data-val-hum-neu-any.hdf5") as true,
+    ):
         for number, name in enumerate(store.names):
             mine, keys = one[name.replace("/", " ")], true[name.replace("/", " ")]["actions"][:]
             blocks = [store.block(number, k) for k in range(-(-store.frames[number] // 64))]
@@ -361,7 +374,7 @@ def test_the_inverse_model_sees_what_came_after(games):
     assert loss_of(changed_at(4, "dones", True)) == 0
 
 
-def test_mistakes_get_one_line(human, inverse, tmp_path):
+def test_mistakes_get_one_line(human, inverse, run, tmp_path):
     folder, _ = human
     agent = checkpoint(tmp_path / "agent.pt")
     nao = ["--data_path", folder / "nao", "--out", tmp_path / "out"]
@@ -383,7 +396,7 @@ def test_mistakes_get_one_line(human, inverse, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recording_that_cannot_be_read_is_left_out_and_told(human, tmp_path):
+def test_a_recording_that_cannot_be_read_is_left_out_and_told(human, run, tmp_path):
     folder, wanted = human
     for path in (folder / "nao").rglob("*"):
         if path.is_file():
