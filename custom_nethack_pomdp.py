@@ -175,7 +175,8 @@ class TrainConfig:
     `character`."""
 
     character: str = "mon-hum-neu,val-hum-neu,ran-hum-neu"  # one or several: train and play as each
-    data_path: Optional[str] = None  # NLD-AA folder, Katakomba .hdf5 or a store; None: Katakomba's
+    # NLD-AA folder, Katakomba .hdf5 or a store, or several by commas; None: Katakomba's
+    data_path: Optional[str] = None
     data_mode: str = "in_memory"  # accepted for the benchmark's command lines; always compressed
     store_path: str = "runs/stores"  # folder in which chunk stores are built
     game_frames: int = 0  # learn from the first so many frames of each game only; 0: all
@@ -1194,8 +1195,9 @@ def find_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]
         games, problems = find_nld_games(root, character)
     if not games and holds_human_games(root):
         raise UserError(
-            f"{root} holds human games, whose keys are unknown: scripts/label_games.py makes games "
-            "to train on of them"
+            f"{root} holds human games, whose keys are unknown: python scripts/label_games.py "
+            "--checkpoint INVERSE --data_path NAO_DIR --out DIR makes games to train on of them; "
+            "see the README, section Data"
         )
     if not games:
         raise UserError(
@@ -2872,16 +2874,25 @@ def heldout_loss(metrics: Metrics) -> float:
     return math.inf if loss is None else loss
 
 
+def data_paths(data_path: Optional[str]) -> Sequence[Optional[str]]:
+    """One path, or several by commas; one that exists is never taken apart."""
+    if data_path is None or os.path.exists(expand(data_path)):
+        return [data_path]
+    paths = [path.strip() for path in data_path.split(",")]
+    return list(filter(None, paths)) or [data_path]
+
+
 def open_stores(config: TrainConfig) -> List[ChunkStore]:
-    """Each character's. The first process of a machine builds what is missing, while the others
-    wait; its mistake is one line and ends all."""
+    """Each character's, at each data path. The first process of a machine builds what is missing,
+    while the others wait; its mistake is one line and ends all."""
     stores: List[ChunkStore] = []
     problem = ""
     for is_first in (True, False):
         if is_first == (LOCAL_RANK == 0):
             try:
                 for name in config.characters:
-                    stores.append(open_or_build_store(config.data_path, config.store_path, name))
+                    for path in data_paths(config.data_path):
+                        stores.append(open_or_build_store(path, config.store_path, name))
             except UserError as error:
                 problem = str(error)
         for text in filter(None, gather(problem)):
