@@ -168,9 +168,11 @@ def read_folder(folder: Path) -> Row:
 def read_all(paths: Sequence[Path]) -> List[Row]:
     rows: List[Row] = []
     for path in paths:
-        if not path.exists():
-            told = "give .jsonl files of rows, or folders of runs or evaluations"
-            raise UserError(f"{path} does not exist; {told}")
+        if not path.exists() or path.suffix == ".pt":
+            raise UserError(
+                f"{path} does not exist, or is a checkpoint; give .jsonl files of rows, or folders "
+                "of runs or evaluations"
+            )
         if path.is_dir():
             rows.append(read_folder(path))
         else:

@@ -196,7 +196,7 @@ def outcome(folder: Path) -> Content:
         if path.suffix == ".pt":
             content = pomdp.read_checkpoint(path)
             for name in ("config", "run"):  # these name folders, and when the games were unpacked
-                del content[name]
+                content.pop(name, None)
             for place, leaf in tree_flatten_with_path(content)[0]:
                 if isinstance(leaf, torch.Tensor):
                     leaf = (leaf.dtype, leaf.numpy().tobytes())
