@@ -1,4 +1,4 @@
-"""A trained agent as a player for record_games.py: it plays from a checkpoint, as in evaluation."""
+"""A trained agent as a player for record_games.py, as in evaluation. No command of its own."""
 
 import sys
 from functools import lru_cache, partial

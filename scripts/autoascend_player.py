@@ -1,4 +1,4 @@
-"""The symbolic bot AutoAscend as a player for record_games.py: its own program, unchanged.
+"""The bot AutoAscend, unchanged, as a player for record_games.py. No command of its own.
 
     git clone https://github.com/cdmatters/autoascend
     pip install -r requirements.txt -r scripts/requirements-autoascend.txt

@@ -9,8 +9,8 @@ that warms up. A row shows the median and in brackets the lowest and highest of 
 many times better the median of ours is. float32 and bfloat16 are set against the same timings of
 one baseline. Machines are shared and noisy: trust the ratio. Ours runs with the memory settings
 that the script gives itself (keep_freed_memory), another's network in a process of its own with
-glibc's usual ones, as its users would have it. act and train take
-minutes at the full size; --rnn_hidden_dim 64 tries them out.
+glibc's usual ones, as its users would have it. act and train take minutes at the full size;
+--rnn_hidden_dim 64 tries them out.
 
 read    frames/s of one core: the chunk store's batches against nle.dataset's TtyrecDataset on the
         same games, and the first of them against Katakomba's own buffer (--katakomba), from its

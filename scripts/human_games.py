@@ -1,5 +1,6 @@
-"""Human games as nethack.alt.org keeps them (NLD-NAO): found, joined from their files, read. No
-command of its own.
+"""Human games as nethack.alt.org keeps them (NLD-NAO): found, read. No command of its own.
+
+A game is joined from its files:
 
     ROOT/<player>/YYYY-MM-DD.HH_MM_SS.ttyrec.bz2    what one connection's terminal was sent (UTC)
     ROOT/xlogfile.*                                 a line a finished game, of all players

@@ -1,5 +1,4 @@
-"""What is in a data folder: games, frames, scores, lengths and depths of each character, and what
-training leaves out.
+"""What is in a data folder: each character's games, their scores and depths, what is left out.
 
     python scripts/inspect_data.py DATA_DIR
     python scripts/inspect_data.py DATA_DIR --character mon-hum-neu --json

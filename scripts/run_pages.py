@@ -1,8 +1,8 @@
-"""The games that a run kept, as pages, with an index: what `watch.py --html FOLDER --run RUN_DIR`
-writes, and what its `--wandb` adds to the run. No command of its own.
+"""A run's kept games as pages with an index: what `watch.py --run` writes. No command of its own.
 
-A run keeps recordings of games where its setting `eval_replays` says so. The index takes what the
-evaluation's games.csv tells of them. Its look is in html_index.html.
+Its `--wandb` adds the pages to the run. A run keeps recordings of games where its setting
+`eval_replays` says so. The index takes what the evaluation's games.csv tells of them. Its look is
+in html_index.html.
 """
 
 import contextlib

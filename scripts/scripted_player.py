@@ -1,9 +1,9 @@
-"""A small scripted player of NetHack for record_games.py. It sees what the agent sees of the game:
-tty_chars, tty_colors and tty_cursor.
+"""A small scripted player of NetHack for record_games.py. No command of its own.
 
-It answers what the game asks, prays when nearly dead or starving, fights what is beside it (a
-Ranger shoots), eats, rests, explores, searches for hidden ways, and goes down when it is strong
-enough or has waited long enough.
+It sees what the agent sees of the game: tty_chars, tty_colors and tty_cursor. It answers what the
+game asks, prays when nearly dead or starving, fights what is beside it (a Ranger shoots), eats,
+rests, explores, searches for hidden ways, and goes down when it is strong enough or has waited long
+enough.
 """
 
 import re

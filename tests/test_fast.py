@@ -186,6 +186,8 @@ def test_benchmark_measures_every_row_and_shows_its_file_as_it_did(tmp_path):
             else row["ours"] / row["baseline"]
         )
         assert row["ours"] > 0 and row["ratio"] == pytest.approx(better)
+        named = "not Katakomba's own: " in row.get("note", "")
+        assert named == ("Katakomba" in row["what"])
     for kind in ("act", "train"):  # one baseline a size, timed once
         fp32, bf16 = (
             [row["baseline_range"] for row in rows if row["row"] == kind][part::2]
