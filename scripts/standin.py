@@ -353,7 +353,7 @@ def module_by_path(path: Any, names: Dict[str, Any]) -> Any:
     """Not registered in sys.modules: the benchmark's budget script does not register its own
     either."""
     spec = importlib.util.spec_from_file_location("_under_check", path)
-    assert spec and spec.loader
+    assert spec and spec.loader, "it is no .py file"
     module = importlib.util.module_from_spec(spec)
     module.__dict__.update(names)
     # a check leaves no __pycache__ beside what it checks
