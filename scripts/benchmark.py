@@ -521,7 +521,10 @@ def describe() -> Dict[str, Any]:
 
 def run(options: argparse.Namespace) -> None:
     if options.table:
-        print(table(options.table))
+        try:
+            print(table(options.table))
+        except (ValueError, LookupError, TypeError):
+            raise pomdp.UserError(f"{options.table} is no file that --json wrote") from None
         return
     chosen = options.rows.split(",")
     if not options.data_path or set(chosen) - set(BENCHES) or options.repeats < 1:
