@@ -25,19 +25,22 @@ commands (all else). --true_keys writes the games' own keys instead, to compare 
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import human_games
 
 import custom_nethack_pomdp as pomdp
@@ -87,7 +90,7 @@ class HumanGames:
         pieces = []
         kept = 0
         last = None  # the last frame of the part before: does it stand?
-        for part in human_games.read_game(self.games[name]):
+        for part in read_parts(self.games[name]):
             arrays = [part.chars, part.colors, part.cursor, part.times]
             if last is not None:
                 arrays = [np.concatenate(pair) for pair in zip(last, arrays)]
@@ -109,6 +112,15 @@ class HumanGames:
         actions = np.full(end, NO_KEY, np.int16)
         counts["screens after the game was over"] += len(chars) - end
         return Screens(chars[:end], colors[:end], cursor[:end], actions)
+
+
+def read_parts(game: human_games.Game) -> Iterator[human_games.Part]:
+    """All of a game's frames, with colours by number too and the last write of each file."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy.ttyrec.bz2"
+        for path in game.files:
+            human_games.plain_copy(path, 1, copy)
+            yield from human_games.read_parts(copy)
 
 
 class RecordedGames:
@@ -174,10 +186,10 @@ def load_model(checkpoint: str) -> Tuple[Any, torch.device, Optional[torch.dtype
     """The inverse model, where it runs, and in which precision. Raises UserError for another."""
     torch.set_num_threads(1)  # sums depend on the threads
     content = pomdp.read_checkpoint(Path(checkpoint))
-    submission = re.search(r'"submission": "(.*?)"', content["config"])
+    submission = json.loads(content["config"])["submission"]
     given = {}
-    if submission and not Path(submission.group(1)).is_file():  # a path of the repository's
-        given["submission"] = str(Path(pomdp.__file__).parent / submission.group(1))
+    if submission and not Path(submission).is_file():  # by its path in the repository
+        given["submission"] = str(ROOT / submission)
     algorithm, config, _ = pomdp.load_agent(checkpoint, device="auto", **given)
     if not getattr(algorithm.model, "is_inverse", False):
         raise UserError(

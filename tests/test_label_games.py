@@ -12,14 +12,14 @@ import re
 import struct
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from test_human_games import QUIET, records_of_version_3, xlog
+from test_human_games import QUIET, records_of_version_3, write, xlog
 
 import custom_nethack_pomdp as pomdp
 
@@ -277,7 +277,19 @@ def test_training_takes_the_file_and_counts_labelled_frames_alone(human, labelle
     assert row["heldout/frames"] == frames[1] + others and np.isfinite(row["heldout/loss"])
 
 
-def test_rewards_are_what_the_screen_shows(human, labelled):
+def test_colours_by_number_and_the_last_write_are_there(tmp_path):
+    """From all files of a game, which NLE's converter leaves out."""
+    files = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.ttyrec.bz2"
+        files.append(write(path, b"\x1b[2J", b"\x1b[H\x1b[38;5;9m" + name.encode()))
+    game = label_games.human_games.Game("Ada", 1, 2, tuple(files), "val-hum-neu", "", 0, 0, 1, "")
+    screens = label_games.HumanGames([game]).read("Ada 1", Counter())
+    assert [bytes(screen[0, :3]) for screen in screens.chars] == [b"   ", b"one", b"   ", b"two"]
+    assert screens.colors[1::2, 0, :3].tolist() == [[9, 9, 9]] * 2
+
+
+def test_rewards_are_what_the_screen_shows():
     """Gold beyond the first, four times the experience points, 50 a new deepest level; hidden lines change nothing."""
     lines = [(1, 0, 0), (1, 30, 0), None, (3, 30, 5), (2, 10, 5), None, (3, 50, 6)]
     screens = np.full((len(lines), 24, 80), ord(" "), np.uint8)
