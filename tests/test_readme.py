@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,25 @@ def test_the_quickstart_s_output_follows_from_its_settings_and_games(stores):
     assert f"-seed{config.train_seed} at step 0" in block and "+".join(config.characters) in block
 
 
+MAP = r"(?s)(?<=```text\n)\d+ imports.*?(?=\n```)"
+
+
+def map_of_the_file():
+    """Sections of the main file with the lines at which they begin, from its banners."""
+    sections = []
+    lines = (ROOT / "custom_nethack_pomdp.py").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        banner = re.match(r"# (?:FIXED: |--- |=+  (?=EDITABLE BEGIN))([^.:]+?)(?:[.:]|  |$)", line)
+        if banner:
+            sections.append(f"{number} {banner[1]}".replace(" ", "\0"))
+    return textwrap.fill(" · ".join(sections), width=140).replace("\0", " ")
+
+
+def test_the_map_is_the_file_s():
+    (shown,) = re.findall(MAP, TEXTS["README.md"])
+    assert shown == map_of_the_file(), "`python tests/test_readme.py` writes it"
+
+
 # --- links and names
 def anchors(text):
     """Of its headings, as GitHub makes them."""
@@ -173,3 +193,8 @@ def test_files_and_names_exist(name):
     for word in re.findall(r"(?<![\w/])[a-z]+(?:_[a-z0-9]+)+(?![\w.]|/)", spans):
         made = word.split("_")[0] + "_{"  # an f-string's: reward_{statistic}
         assert word in code or made in code or (RESULTS / word).is_dir(), word
+
+
+if __name__ == "__main__":
+    text = re.sub(MAP, lambda _: map_of_the_file(), TEXTS["README.md"])
+    (ROOT / "README.md").write_text(text, encoding="utf-8")

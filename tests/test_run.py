@@ -974,6 +974,21 @@ def test_the_own_block_as_a_submission_is_the_same_run(small):
     assert not differences(outcome(run_of("own")), outcome(run_of("given")))
 
 
+def test_the_readme_s_idea_learns(small):
+    """It is another algorithm: its head is larger and its loss another."""
+    readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    (idea,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    Path("idea.py").write_text(idea, encoding="utf-8")
+    assert small(name="own")[0] == 0
+    assert small(name="idea", submission="idea.py")[0] == 0
+    own, other = (
+        json.loads((run_of(name) / "metrics.jsonl").open().readline()) for name in ("own", "idea")
+    )
+    assert own["train/value_loss"] != other["train/value_loss"]
+    weights = torch.load(run_of("idea") / "best.pt")["model"]
+    assert weights["value.2.weight"].shape == (1, 32)
+
+
 def test_a_submission_need_not_report_anything(toy):
     Path("toy.py").write_text(
         TOY.replace("return loss, {}, info", "return loss, {}, {}"), encoding="utf-8"
