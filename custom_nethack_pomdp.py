@@ -175,8 +175,7 @@ class TrainConfig:
     `character`."""
 
     character: str = "mon-hum-neu,val-hum-neu,ran-hum-neu"  # one or several: train and play as each
-    # NLD-AA folder, Katakomba .hdf5 or a store, or several by commas; None: Katakomba's
-    data_path: Optional[str] = None
+    data_path: Optional[str] = None  # NLD-AA, .hdf5 or store; several by commas; None: Katakomba's
     data_mode: str = "in_memory"  # accepted for the benchmark's command lines; always compressed
     store_path: str = "runs/stores"  # folder in which chunk stores are built
     game_frames: int = 0  # learn from the first so many frames of each game only; 0: all
