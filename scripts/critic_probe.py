@@ -46,9 +46,9 @@ LONGEST = 1_000
 CHUNK = 100  # frames that the LSTM reads at once
 FOLDS = 5
 HIDDEN = 64  # units of a fitted network
-EPOCHS = 4
+EPOCHS = 1  # with more of them V learns the games by heart
 BATCH = 512
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
 RESAMPLES = 2_000  # of the games, for an interval
 
