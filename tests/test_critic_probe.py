@@ -1,6 +1,7 @@
 """scripts/critic_probe.py: it finds what an action tells where it tells something, and nothing where it does not."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,12 +122,13 @@ def command(*more):
     return subprocess.run(
         [sys.executable, "scripts/critic_probe.py", "--checkpoint", str(AGENT), *more],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
 
 
-def test_the_command_prints_its_table(stores_path, tmp_path):
+def test_the_command_prints_its_table(stores, stores_path, tmp_path):
     rows = tmp_path / "rows.jsonl"
     ran = command(
         *("--data_path", "tests/data/nle_data", "--store_path", str(stores_path)),
@@ -147,12 +149,12 @@ def test_the_command_prints_its_table(stores_path, tmp_path):
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--data_path", "tests/data", "--frames", "0"], "--frames must be at least 1"),
+        (["--frames", "0"], "--frames must be at least 1"),
         (["--data_path", "scripts"], "no games of mon-hum-neu in scripts"),
-        (["--data_path", "tests/data", "--frames", "300"], "5 folds want 5 games"),
+        (["--data_path", "tests/data/nle_data", "--frames", "300"], "5 folds want 5 games"),
     ],
 )
-def test_a_mistake_gets_one_line(options, told, stores_path):
+def test_a_mistake_gets_one_line(options, told, stores, stores_path):
     ran = command("--store_path", str(stores_path), *options)
     assert ran.returncode == 2 and told in ran.stderr
     assert ran.stderr.count("\n") == 1
