@@ -1854,6 +1854,7 @@ class AWRConfig:
     # Temperature: weight = exp(advantage / (beta * scale)) (AWR, arXiv 1910.00177, equation 7).
     # Rewards are rare and of very unequal size: with AWR's own 1 and 20 a few frames take half to
     # two thirds of a batch's effective size.
+    # Of a better and a worse player's frames they prefer neither (scripts/results/README.md).
     beta: float = 3.0
     max_weight: float = 5.0  # largest weight before normalisation (AWR, section 5, has 20)
     scale_rate: float = 0.01  # rate of the advantages' running mean square (MARWIL 2018, eq. 4)

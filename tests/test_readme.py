@@ -20,6 +20,7 @@ import custom_nethack_pomdp as pomdp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
+import critic_probe
 import report
 import standin_study
 
@@ -66,6 +67,7 @@ MAKERS = {
     "report": report_table,
     "standin": lambda name: standin_study.make_table(read_rows(name)),
     "benchmark": lambda name: benchmark.table(str(RESULTS / name)),
+    "critic": lambda name: critic_probe.make_table(read_rows(name)),
     "training": lambda name: "\n".join(training_table(name)),
     "readers": lambda name: "\n".join(readers_table(name)),
 }

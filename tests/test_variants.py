@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from nle import nethack
 
 import custom_nethack_pomdp as pomdp
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS / "studies" / "variants"))
+import blind_value
 import crop_only
 import hl_gauss
 import no_named_keys
@@ -35,13 +38,20 @@ def algorithm_of(module):
 @pytest.fixture
 def batches(games):
     """Batches of four rows of recorded games, as they come from the loader, prev_actions among them."""
-    loader = pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0)
+    every = np.arange(len(games.frames))
+    loader = pomdp.ChunkLoader(games, every, config(), 4, 1.0, with_returns=True)
 
     def batch_at(number):
         batch, prev_actions = loader.batch_at(number)
         return {**batch, "prev_actions": prev_actions}
 
     return batch_at
+
+
+@pytest.fixture(autouse=True)
+def same_loader(monkeypatch):
+    """A variant that has a loader of its own leaves none to other tests."""
+    monkeypatch.setattr(pomdp, "ChunkLoader", pomdp.ChunkLoader)
 
 
 def step(algorithm, batch, states=None):
@@ -170,6 +180,28 @@ def test_classes_over_bins_learn_the_value(batches):
         loss.backward()
         optimizer.step()
     assert info["value_mean"].item() == pytest.approx(2.0, abs=0.15)
+
+
+def test_a_blind_value_learns_exact_returns_and_sees_status_numbers_alone(games):
+    """Its runs' own loader gives it the returns; whatever else the screen shows, the value stays."""
+    algorithm = algorithm_of(blind_value)
+    loader = pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0)
+    batch, prev_actions = loader.batch_at(3)
+    _, states, info = algorithm.train_step(batch, prev_actions, {})
+    errors = F.huber_loss(states["values"], batch["returns"][:, :-1], reduction="none")
+    assert batch["mask"].all() and info["value_loss"].item() == pytest.approx(
+        2 * errors.mean().item(), rel=1e-5
+    )
+    other = {**batch, "tty_chars": batch["tty_chars"] * 0, "actions": batch["actions"] * 0}
+    for changed in (nethack.NLE_BL_GOLD, nethack.NLE_BL_EXP, nethack.NLE_BL_AC):
+        other["blstats"] = batch["blstats"].clone()
+        other["blstats"][..., changed] += 100
+        assert torch.equal(
+            algorithm.train_step(other, prev_actions, {})[1]["values"], states["values"]
+        )
+    other["blstats"][..., nethack.NLE_BL_TIME] += 1000
+    values = algorithm.train_step(other, prev_actions, {})[1]["values"]
+    assert not torch.isclose(values, states["values"]).any()
 
 
 @torch.no_grad()
