@@ -36,7 +36,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from shared import ROOT, Parser, Row, read_rows
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import custom_nethack_pomdp as pomdp
 
@@ -188,6 +187,20 @@ def rows_of(folder: Path) -> List[Row]:
     return rows
 
 
+def leaves(content: Any, where: str) -> Content:
+    """{path: leaf} of nested dicts, lists and tuples; tensors as bytes."""
+    if isinstance(content, torch.Tensor):
+        return {where: (content.dtype, content.numpy().tobytes())}
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content))
+    if not isinstance(content, dict):
+        return {where: content}
+    found: Content = {}
+    for key, value in content.items():
+        found.update(leaves(value, f"{where}/{key}"))
+    return found
+
+
 def outcome(folder: Path) -> Content:
     """All that a run leaves in its folder, but for times and paths."""
     files = sorted(folder.iterdir())
@@ -197,10 +210,7 @@ def outcome(folder: Path) -> Content:
             content = pomdp.read_checkpoint(path)
             for name in ("config", "run"):  # these name folders, and when the games were unpacked
                 content.pop(name, None)
-            for place, leaf in tree_flatten_with_path(content)[0]:
-                if isinstance(leaf, torch.Tensor):
-                    leaf = (leaf.dtype, leaf.numpy().tobytes())
-                found[path.name + keystr(place)] = leaf
+            found.update(leaves(content, path.name))
         elif path.suffix in (".npy", ".csv"):
             found[path.name] = path.read_bytes()
     return found
