@@ -23,18 +23,17 @@ What came after a cut, as in a quit game, is not known: the last 1,000 frames be
 out, and counted. `--json FILE` keeps the rows of the table.
 """
 
-import argparse
 import json
 import sys
-from functools import partial
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
 from nle import nethack
+from shared import Parser, markdown_table
 from torch import Tensor, nn
 
 import custom_nethack_pomdp as pomdp
@@ -319,15 +318,14 @@ COLUMNS = {
 
 
 def make_table(rows: Sequence[Row]) -> str:
-    lines = ["| what comes | " + " | ".join(COLUMNS.values()) + " |"]
-    lines.append("| :--- |" + " ---: |" * len(COLUMNS))
+    lines = [["what comes", *COLUMNS.values()]]
     for row in rows:
         cells = [row["target"]]
         for name in COLUMNS:
             value, low, high = row[name]
             cells.append(f"{value:.4f} [{low:.4f}, {high:.4f}]")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def tells_more(row: Row) -> bool:
@@ -345,7 +343,8 @@ def sentence(rows: Sequence[Row]) -> str:
     return f"Nowhere {what}: the action tells no more than the state, nothing is to weight by."
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
+    pomdp.keep_freed_memory()
     for name in ("frames", "game_frames"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -369,9 +368,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="best.pt, last.pt or <step>.pt of a run")
     add("--data_path", help="recorded games, as for custom_nethack_pomdp.py")
@@ -381,9 +378,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--game_frames", type=int, default=3_000, help="of each game (%(default)s)")
     add("--seed", type=int, default=0, help="of games, folds and networks (%(default)s)")
     add("--json", metavar="FILE", help="keep the rows as JSON, a line each")
-    args = parser.parse_args(argv)
-    pomdp.keep_freed_memory()
-    return pomdp.run_command(partial(run, args))
+    return parser.run(run, argv)
 
 
 if __name__ == "__main__":

@@ -23,25 +23,23 @@ after which the cursor stands elsewhere on the map), answers to a question, a me
 commands (all else). --true_keys writes the games' own keys instead, to compare with.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import sys
 import tempfile
+from argparse import Namespace
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import h5py
+import human_games
 import numpy as np
 import torch
+from shared import ROOT, Parser
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import human_games
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import ROWS, GameError, UserError, nethack
@@ -153,7 +151,7 @@ def find_end(chars: np.ndarray) -> int:
     return len(chars)
 
 
-def find_games(args: argparse.Namespace, counts: Counter) -> Dict[str, Any]:
+def find_games(args: Namespace, counts: Counter) -> Dict[str, Any]:
     """{character: its games}. Raises UserError where there are none."""
     root = pomdp.expand(args.data_path)
     wanted = [name for name in (args.character or "").split(",") if name]
@@ -313,7 +311,7 @@ def was_made_from(path: Path) -> str:
 
 
 def make_file(
-    path: Path, games: Any, made_from: str, args: argparse.Namespace, model: Any, bar: Any
+    path: Path, games: Any, made_from: str, args: Namespace, model: Any, bar: Any
 ) -> Counter:
     """Labels a character's games into the file, which is there once it is whole."""
     counts: Counter = Counter()
@@ -372,10 +370,37 @@ def summary(counts: Counter) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run(args: Namespace) -> None:
+    if not 0 <= args.min_probability <= 1:
+        raise UserError(f"--min_probability is from 0 to 1, not {args.min_probability}")
+    if bool(args.checkpoint) == args.true_keys:
+        raise UserError("give --checkpoint, or --true_keys to keep the keys that games have")
+    model = None
+    how: Tuple[Any, ...] = (VERSION, "true keys")
+    if args.checkpoint:
+        model = load_model(args.checkpoint)
+        digest = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+        how = (VERSION, digest, args.min_probability)
+    total: Counter = Counter()
+    sources = find_games(args, total)
+    out = pomdp.expand(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for character, games in sources.items():
+        path = out / f"data-{character}-any.hdf5"
+        made_from = hashlib.sha256(repr((*how, games.identity)).encode()).hexdigest()
+        if was_made_from(path) == made_from:
+            print(f"{path} is there, of these games: it is left as it is")
+            continue
+        with pomdp.progress(total=len(games.games), desc=character, unit="game") as bar:
+            counts = make_file(path, games, made_from, args, model, bar)
+        if not counts["games"]:
+            print(f"{path} is not made: no game of {character} can be read")
+        total += counts
+    print(summary(total))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="INVERSE", help="of an inverse model's training")
     add("--data_path", required=True, metavar="NAO_DIR", help="games without keys, or with")
@@ -395,41 +420,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default="runs/stores",
         help="where stores of games with keys are built (default: %(default)s)",
     )
-    return parser.parse_args(argv)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parse(argv)
-
-    def command() -> None:
-        if not 0 <= args.min_probability <= 1:
-            raise UserError(f"--min_probability is from 0 to 1, not {args.min_probability}")
-        if bool(args.checkpoint) == args.true_keys:
-            raise UserError("give --checkpoint, or --true_keys to keep the keys that games have")
-        model = None
-        how: Tuple[Any, ...] = (VERSION, "true keys")
-        if args.checkpoint:
-            model = load_model(args.checkpoint)
-            digest = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-            how = (VERSION, digest, args.min_probability)
-        total: Counter = Counter()
-        sources = find_games(args, total)
-        out = pomdp.expand(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for character, games in sources.items():
-            path = out / f"data-{character}-any.hdf5"
-            made_from = hashlib.sha256(repr((*how, games.identity)).encode()).hexdigest()
-            if was_made_from(path) == made_from:
-                print(f"{path} is there, of these games: it is left as it is")
-                continue
-            with pomdp.progress(total=len(games.games), desc=character, unit="game") as bar:
-                counts = make_file(path, games, made_from, args, model, bar)
-            if not counts["games"]:
-                print(f"{path} is not made: no game of {character} can be read")
-            total += counts
-        print(summary(total))
-
-    return pomdp.run_command(command)
+    return parser.run(run, argv)
 
 
 if __name__ == "__main__":
