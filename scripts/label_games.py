@@ -3,7 +3,8 @@
     python custom_nethack_pomdp.py --submission scripts/studies/variants/inverse_dynamics.py \\
         --eval_episodes 0 --data_path NLD_AA_DIR                    trains the inverse model
     python scripts/label_games.py --checkpoint INVERSE --data_path NAO_DIR --out DIR
-    python custom_nethack_pomdp.py --data_path DIR,NLD_AA_DIR --character val-hum-neu
+    python custom_nethack_pomdp.py --data_path DIR,NLD_AA_DIR --character val-hum-neu \\
+        --algorithm '{beta: 1.0e+6, value_coef: 0}'                 learns, without the value
 
 --data_path holds human games in alt.org's layout (scripts/human_games.py). DIR gets an HDF5 file a
 character as Katakomba has them, with -1 for a key that is not known. A character's file that this
