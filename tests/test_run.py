@@ -538,13 +538,17 @@ def undisturbed():
 
 
 @pytest.mark.parametrize("name", STOPS)
-def test_a_run_that_was_stopped_ends_as_the_undisturbed_one(small, undisturbed, monkeypatch, name):
+def test_a_run_that_was_stopped_ends_as_the_undisturbed_one(
+    small, undisturbed, monkeypatch, request, name
+):
     """Rows after the last checkpoint, and a last line cut short, are not there twice in the end."""
     settings = dict(update_steps=5, rnn_dropout=0.3, checkpoint_every=3)
     if not undisturbed:
         assert small(**settings)[0] == 0
         undisturbed.update(outcome(run_of()))
     owner, function, count, act, expected = STOPS[name]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where nohup started the tests
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         if act is None:
