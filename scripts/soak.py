@@ -8,7 +8,7 @@
     games    the same games over and over in one process must stay the same; neither its memory nor
              its temporary folders may grow
 
-    python scripts/soak.py --kills 2          # some 20 seconds each
+    python scripts/soak.py --kills 2          # some 10 seconds each
     python scripts/soak.py --ranks 1 --games 1000 --seed 3
 
 A network of 16 units and the games in tests/data/. Exits with 1 and names the trial if one fails.
