@@ -2,6 +2,7 @@
 
 A table's marker says what it is made from: <!-- table: report small_512 --> stands above what
 scripts/report.py prints of scripts/results/small_512. The README shows some lines of the long ones.
+After the main file changed: `python tests/test_readme.py` writes the README's map of it.
 """
 
 import json
@@ -15,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-import custom_nethack_pomdp as pomdp
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import benchmark
 import critic_probe
 import report
 import standin_study
+
+import custom_nethack_pomdp as pomdp
 
 RESULTS = ROOT / "scripts" / "results"
 NAMES = ("README.md", "scripts/README.md", "scripts/results/README.md", "scripts/agents/README.md")
