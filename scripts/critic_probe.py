@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from nle import nethack
-from shared import Parser, markdown_table
+from shared import Parser, check_least, markdown_table
 from torch import Tensor, nn
 
 import custom_nethack_pomdp as pomdp
@@ -345,17 +345,13 @@ def sentence(rows: Sequence[Row]) -> str:
 
 def run(args: Namespace) -> None:
     pomdp.keep_freed_memory()
-    for name in ("frames", "game_frames"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    check_least(args, frames=1, game_frames=1)
     settings = {"seq_len": CHUNK, "game_frames": args.game_frames, "evaluate": None}
+    settings.update(data_path=args.data_path, store_path=args.store_path)
     if args.character:
         settings["character"] = args.character
     algorithm, config, _ = pomdp.load_agent(pomdp.expand(args.checkpoint), **settings)
-    stores = []
-    for character in config.characters:
-        stores.append(pomdp.open_or_build_store(args.data_path, args.store_path, character))
-    games = pomdp.Games(stores, config.game_frames)
+    games = pomdp.Games(pomdp.open_stores(config), config.game_frames)
     chosen = choose_games(games, args.frames, args.seed)
     data, unknown = collect(algorithm, config, games, chosen)
     rows = probe(data, args.seed)

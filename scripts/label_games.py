@@ -155,9 +155,9 @@ def find_end(chars: np.ndarray) -> int:
 def find_games(args: Namespace, counts: Counter) -> Dict[str, Any]:
     """{character: its games}. Raises UserError where there are none."""
     root = pomdp.expand(args.data_path)
-    wanted = [name for name in (args.character or "").split(",") if name]
-    for character in wanted:
-        pomdp.check_character(character)
+    wanted = []
+    if args.character:
+        wanted = pomdp.TrainConfig(args.character).characters
     if not pomdp.holds_human_games(root):
         sources = {}
         for character in wanted or pomdp.TrainConfig().characters:
@@ -200,7 +200,9 @@ def load_model(checkpoint: str) -> Tuple[Any, torch.device, Optional[torch.dtype
 
 
 @torch.no_grad()
-def label(model: Any, screens: Screens, device: torch.device, precision: Any) -> Labels:
+def label(
+    model: Any, screens: Screens, blstats: np.ndarray, device: torch.device, precision: Any
+) -> Labels:
     """What the model says of a game, read from its first screen to its last."""
     n = len(screens.chars)
     best = np.full(n, NO_KEY, np.int16)
@@ -208,7 +210,6 @@ def label(model: Any, screens: Screens, device: torch.device, precision: Any) ->
     changed = np.zeros(n, bool)
     state = None
     before: Optional[Tuple[Tensor, Tensor]] = None  # output and screen of the frame before
-    blstats = pomdp.read_blstats(screens.chars)
     turn = blstats[:, nethack.NLE_BL_TIME]
     for begin in range(0, n, CHUNK):
         here = slice(begin, begin + CHUNK)
@@ -252,7 +253,7 @@ def shown_rewards(blstats: np.ndarray) -> np.ndarray:
 
 
 # --- files
-def write_game(group: Any, screens: Screens, actions: np.ndarray) -> None:
+def write_game(group: Any, screens: Screens, blstats: np.ndarray, actions: np.ndarray) -> None:
     """As Katakomba's; the last `dones` is false, since no game is known to end where its record
     does."""
     n = len(screens.chars)
@@ -260,7 +261,7 @@ def write_game(group: Any, screens: Screens, actions: np.ndarray) -> None:
         chunks = (min(n, pomdp.BLOCK), *array.shape[1:])
         group.create_dataset(name, data=array, chunks=chunks, compression=1)
     group["actions"] = actions
-    group["rewards"] = shown_rewards(pomdp.read_blstats(screens.chars))
+    group["rewards"] = shown_rewards(blstats)
     group["dones"] = np.zeros(n, bool)
 
 
@@ -330,16 +331,17 @@ def make_file(
                     counts["games that cannot be read"] += 1
                     bar.update()
                     continue
+                blstats = pomdp.read_blstats(screens.chars)
                 actions = screens.actions
                 if model is not None:
-                    labels = label(model[0], screens, *model[1:])
+                    labels = label(model[0], screens, blstats, *model[1:])
                     sure = labels.changed & (labels.probability >= args.min_probability)
                     actions = np.where(sure, labels.best, NO_KEY).astype(np.int16)
                     compare(counts, screens, labels, actions)
                 counts["games"] += 1
                 counts["screens"] += len(actions)
                 counts["keys"] += int((actions != NO_KEY).sum())
-                write_game(file.create_group(name), screens, actions)
+                write_game(file.create_group(name), screens, blstats, actions)
                 bar.update()
         if counts["games"]:
             os.replace(temporary, path)

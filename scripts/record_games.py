@@ -49,7 +49,7 @@ import agent_player
 import autoascend_player
 import numpy as np
 from nle import nethack
-from shared import Parser
+from shared import Parser, check_least
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import NUM_ACTIONS, UserError
@@ -236,9 +236,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, least in dict(games=1, workers=1, max_steps=1, seed=0, first=0).items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    check_least(args, games=1, workers=1, max_steps=1, seed=0, first=0)
     pomdp.check_character(args.character)
     if args.temperature is not None and not args.checkpoint:
         raise UserError("--temperature is for --checkpoint alone")

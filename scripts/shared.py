@@ -51,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         return pomdp.run_command(lambda: command(self.parse_args(argv)), **options)
 
 
+def check_least(args: argparse.Namespace, **least: float) -> None:
+    """Raises UserError for a setting below what is given for it."""
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise UserError(f"--{name} must be at least {number}, not {getattr(args, name)}")
+
+
 def read_rows(path: Path) -> List[Row]:
     """Objects of a .jsonl file; a last line that was cut short is left out with a warning.
 

@@ -52,7 +52,7 @@ import run_pages
 import torch
 from html_page import View
 from nle import nethack
-from shared import Parser
+from shared import Parser, check_least
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NO_ACTION, ROWS, UNKNOWN_KEY, UserError
@@ -468,9 +468,7 @@ def make_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what does not go together."""
-    for name, least in dict(number=0, start=0, max_steps=1, every=1, speed=0.1).items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    check_least(args, number=0, start=0, max_steps=1, every=1, speed=0.1)
     if args.run and (args.game or not args.html):
         raise UserError("--run RUN_DIR needs --html FOLDER, and takes no --game")
     if (args.wandb or args.all) and not args.run:
