@@ -15,7 +15,7 @@ Axes: B rows of a batch, T steps of a chunk (seq_len), A actions (121), H hidden
 layers (2), N game slots. A batch holds T + 1 frames of each row; the last one is the first of the
 row's next chunk and serves only as the successor of frame T - 1, so only frames 0 .. T - 1 carry
 loss. The benchmark's batches are laid out alike, in float32, with `screen_image` and without the
-last four.
+last three.
 
     tty_chars   [B, T+1, 24, 80]  uint8    characters on the terminal
     tty_colors  [B, T+1, 24, 80]  int8     colours 0..31 (bit 16: inverse video)
@@ -26,7 +26,6 @@ last four.
     blstats     [B, T+1, 27]      int32    NLE's bottom-line statistics as read off the status lines
     mask        [B, T+1]          bool     the frame counts: not padding, and its key is an action
     starts      [B]               bool     the row's first frame does not follow the batch before
-    returns     [B, T+1]          float32  exact discounted return-to-go (held-out batches only)
 
 Beside the batch goes prev_actions [B, 1] int64: the action before the first frame, or NO_ACTION.
 """
@@ -40,6 +39,7 @@ import ctypes
 import difflib
 import fcntl
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -55,18 +55,31 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import types
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
-from unittest.mock import patch
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+    get_args,
+)
 
 import nle
 import numpy as np
@@ -75,14 +88,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import yaml
 from nle import nethack
 from nle.dataset.dataset import converter as ttyrec_converter
 from nle.env.base import NLE
 from nle.env.tasks import NetHackScore
-from pyrallis import cfgparsing
-from pyrallis.argparsing import ArgumentParser
 from torch import Tensor
 from torch.distributions import Categorical
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 # --- what an observation is, in the data and in the game
@@ -152,9 +165,9 @@ AUTOASCEND_MEAN_SCORE: Dict[str, float] = {
 
 CORES = len(os.sched_getaffinity(0))
 # torchrun tells each process how many there are and its own number: on all machines, and on this.
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 Batch = Dict[str, Tensor]
 Observations = Dict[str, np.ndarray]
@@ -169,67 +182,218 @@ class UserError(Exception):
 # ==================================================================================================
 # FIXED: configuration
 # ==================================================================================================
+def setting(
+    default: Any,
+    text: str,
+    limits: Tuple[float, float] = (-math.inf, math.inf),
+    choices: str = "",
+    affects_results: bool = True,
+    may_change: bool = False,
+) -> Any:
+    """Declare one setting of `TrainConfig`.
+
+    text: what --help says. limits: smallest and largest value. choices: a regular expression,
+    alternatives separated by "|". affects_results: False for names, places and logging.
+    may_change: whether a resumed run may have another value; True where results are not affected.
+    """
+    metadata = dict(
+        help=text,
+        limits=limits,
+        choices=choices,
+        affects_results=affects_results,
+        may_change=may_change or not affects_results,
+    )
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+COUNT = (1, math.inf)
+NOT_NEGATIVE = (0, math.inf)
+POSITIVE = (1e-12, math.inf)
+FRACTION = (0, 1)
+SEED = (0, 2**63 - 1)
+
+
 @dataclass
 class TrainConfig:
-    """Settings of a run; names and defaults are the benchmark's where it has them, except for
-    `character`."""
+    """Settings of a run. Names and defaults are the benchmark's where it has them, except for
+    `character`. Raises UserError for a value out of range."""
 
-    character: str = "mon-hum-neu,val-hum-neu,ran-hum-neu"  # one or several: train and play as each
-    data_path: Optional[str] = None  # NLD-AA, .hdf5 or store; several by commas; None: Katakomba's
-    data_mode: str = "in_memory"  # accepted for the benchmark's command lines; always compressed
-    store_path: str = "runs/stores"  # folder in which chunk stores are built
-    game_frames: int = 0  # learn from the first so many frames of each game only; 0: all
-    heldout_share: float = 0.1  # share of each character's games never trained on
-    submission: Optional[str] = None  # file to take Model and OfflineAlgorithm from; None: this one
-    algorithm: Dict[str, Any] = field(default_factory=dict)  # AWRConfig's, e.g. '{burn_in: 8}'
-    init_from: Optional[str] = None  # begin with this checkpoint's weights, all else anew
-    evaluate: Optional[str] = None  # score this checkpoint instead of training
+    character: str = setting(
+        "mon-hum-neu,val-hum-neu,ran-hum-neu",
+        "one or several, comma-separated: train and play as each",
+    )
+    data_path: Optional[str] = setting(
+        None,
+        "NLD-AA, .hdf5 or store; several, comma-separated; None: Katakomba's",
+        affects_results=False,
+    )
+    data_mode: str = setting(
+        "in_memory",
+        "accepted for the benchmark's command lines; data is always read compressed",
+        choices="compressed|memmap|in_memory",
+        affects_results=False,
+    )
+    store_path: str = setting(
+        "runs/stores", "folder in which chunk stores are built", affects_results=False
+    )
+    game_frames: int = setting(
+        0, "learn from the first this many frames of each game only; 0: all", limits=NOT_NEGATIVE
+    )
+    heldout_share: float = setting(
+        0.1, "fraction of each character's games that is never trained on", limits=(0, 0.9)
+    )
+    submission: Optional[str] = setting(
+        None, "file to take Model and OfflineAlgorithm from; None: this one"
+    )
+    algorithm: Dict[str, Any] = setting({}, "settings of AWRConfig, for example '{burn_in: 8}'")
+    init_from: Optional[str] = setting(
+        None, "start from this checkpoint's weights, with a fresh optimizer", may_change=True
+    )
+    evaluate: Optional[str] = setting(None, "score this checkpoint instead of training")
 
-    project: str = "NetHack"  # wandb project
-    group: str = "custom-nethack-pomdp"  # wandb group, folder of runs; "-v<version>" is appended
-    name: str = "custom"  # run name; "-<character>-seed<train_seed>" is appended
-    version: int = 0  # number that is appended to the group
-    log_every: int = 50  # updates between logged rows
+    project: str = setting("NetHack", "wandb project", affects_results=False)
+    group: str = setting(
+        "custom-nethack-pomdp",
+        'wandb group and folder of runs; "-v<version>" is appended',
+        affects_results=False,
+    )
+    name: str = setting(
+        "custom", 'run name; "-<character>-seed<train_seed>" is appended', affects_results=False
+    )
+    version: int = setting(
+        0, "number that is appended to the group", limits=NOT_NEGATIVE, affects_results=False
+    )
+    log_every: int = setting(50, "updates between logged rows", limits=COUNT, affects_results=False)
 
-    benchmark_sizes: bool = True  # the LSTM must be the benchmark's 2 x 2048; false: any will do
-    rnn_hidden_dim: int = 2048  # LSTM units a layer
-    rnn_layers: int = 2  # LSTM layers
-    use_prev_action: bool = True  # feed the previous action to the LSTM
-    rnn_dropout: float = 0.0  # share of values dropped between the LSTM's layers
-    clip_range: float = 10.0  # rewards, in units of the reward scale, are clipped to +- this
-    tau: float = 0.005  # Polyak rate of target networks an update (used by reference algorithms)
-    gamma: float = 0.999  # discount a step of the game
+    benchmark_sizes: bool = setting(
+        True,
+        "the LSTM must be the benchmark's 2 x 2048; false: any size is accepted",
+        affects_results=False,
+    )
+    rnn_hidden_dim: int = setting(2048, "LSTM units per layer", limits=COUNT)
+    rnn_layers: int = setting(2, "LSTM layers", limits=COUNT)
+    use_prev_action: bool = setting(True, "feed the previous action to the LSTM")
+    rnn_dropout: float = setting(
+        0.0, "dropout probability between the LSTM's layers", limits=FRACTION
+    )
+    clip_range: float = setting(
+        10.0, "rewards, in units of the reward scale, are clipped to +- this", limits=POSITIVE
+    )
+    tau: float = setting(
+        0.005,
+        "Polyak rate of target networks per update (used by reference algorithms)",
+        limits=FRACTION,
+    )
+    gamma: float = setting(0.999, "discount per step of the game", limits=FRACTION)
 
-    update_steps: int = 100_000  # updates (gradient steps) in all
-    batch_size: int = 128  # rows a batch, on each GPU
-    seq_len: int = 16  # steps a chunk (T)
-    learning_rate: float = 3e-4  # peak learning rate of AdamW
-    lr_schedule: str = "constant"  # constant, or cosine: down to a tenth at the last transition
-    warmup_transitions: int = 0  # transitions over which the learning rate rises from 0
-    weight_decay: float = 0.0  # AdamW's, on weight matrices only
-    clip_grad_norm: Optional[float] = None  # largest L2 norm of the whole gradient; None: any
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    precision: str = "auto"  # of matrix products: auto (bf16 on a GPU that has it), fp32 or bf16
-    train_seed: int = 42  # seed of initial weights and of the order of games
+    update_steps: int = setting(
+        100_000, "updates (gradient steps) in total", limits=COUNT, may_change=True
+    )
+    batch_size: int = setting(128, "rows of a batch, on each GPU", limits=COUNT)
+    seq_len: int = setting(16, "steps of a chunk (T)", limits=COUNT)
+    learning_rate: float = setting(3e-4, "peak learning rate of AdamW", limits=POSITIVE)
+    lr_schedule: str = setting(
+        "constant",
+        "constant, or cosine: down to a tenth at the last transition",
+        choices="constant|cosine",
+    )
+    warmup_transitions: int = setting(
+        0, "transitions over which the learning rate rises from 0", limits=NOT_NEGATIVE
+    )
+    weight_decay: float = setting(0.0, "AdamW's, on weight matrices only", limits=NOT_NEGATIVE)
+    clip_grad_norm: Optional[float] = setting(
+        None, "largest L2 norm of the whole gradient; None: any", limits=POSITIVE
+    )
+    device: str = setting(
+        "auto",
+        "auto, cpu, cuda or cuda:N",
+        choices=r"auto|cpu|cuda|cuda:\d+",
+        may_change=True,
+    )
+    precision: str = setting(
+        "auto",
+        "of matrix products: auto (bf16 on a GPU that has it), fp32 or bf16",
+        choices="auto|fp32|bf16",
+    )
+    train_seed: int = setting(42, "seed of initial weights and of the order of games", limits=SEED)
 
-    checkpoints_path: Optional[str] = None  # runs go to <this>/<group>/<name>; None: to runs
-    checkpoint_every: int = 2_000  # updates between checkpoints; each evaluation has its own
-    keep_checkpoints: bool = False  # also keep the weights of every evaluation as <step>.pt
-    resume: Union[bool, str] = False  # true: go on with the newest run of this name; or its folder
+    checkpoints_path: Optional[str] = setting(
+        None, "runs go to <this>/<group>/<name>; None: to runs", affects_results=False
+    )
+    checkpoint_every: int = setting(
+        2_000,
+        "updates between checkpoints; each evaluation saves one too",
+        limits=COUNT,
+        affects_results=False,
+    )
+    keep_checkpoints: bool = setting(
+        False, "also keep the weights of every evaluation as <step>.pt", affects_results=False
+    )
+    resume: Union[bool, str] = setting(
+        False,
+        "true: continue the newest run of this name; or the folder of a run",
+        affects_results=False,
+    )
 
-    eval_every: int = 10_000  # updates between evaluations; after the last one there always is one
-    eval_episodes: int = 50  # games a character; 0 plays none
-    eval_processes: int = 14  # game slots that play side by side, in the process itself
-    render_processes: int = 14  # accepted for the benchmark's command lines; nothing is rendered
-    eval_max_steps: int = 1_000_000  # a game is cut after so many actions (counted and reported)
-    eval_precision: str = "fp32"  # products when acting on a CPU: fp32, or bf16 (faster, rounded)
-    eval_heldout_frames: int = 65_536  # frames of held-out games scored at each evaluation
-    eval_seed: int = 50  # seed of the evaluation games and of sampled actions
-    eval_replays: int = 0  # games a character whose recording is kept: the best, the worst, between
+    eval_every: int = setting(
+        10_000,
+        "updates between evaluations; the last update is always followed by one",
+        limits=COUNT,
+        may_change=True,
+    )
+    eval_episodes: int = setting(
+        50, "games per character; 0 plays none", limits=NOT_NEGATIVE, may_change=True
+    )
+    eval_processes: int = setting(
+        14,
+        "environment slots, played side by side in the process itself",
+        limits=COUNT,
+        may_change=True,
+    )
+    render_processes: int = setting(
+        14,
+        "accepted for the benchmark's command lines; nothing is rendered",
+        limits=COUNT,
+        affects_results=False,
+    )
+    eval_max_steps: int = setting(
+        1_000_000,
+        "a game is truncated after this many actions (counted and reported)",
+        limits=COUNT,
+        may_change=True,
+    )
+    eval_precision: str = setting(
+        "fp32",
+        "of products when acting on a CPU: fp32, or bf16 (faster, rounded)",
+        choices="fp32|bf16",
+        may_change=True,
+    )
+    eval_heldout_frames: int = setting(
+        65_536,
+        "frames of held-out games scored at each evaluation",
+        limits=NOT_NEGATIVE,
+        may_change=True,
+    )
+    eval_seed: int = setting(
+        50, "seed of the evaluation games and of sampled actions", limits=SEED, may_change=True
+    )
+    eval_replays: int = setting(
+        0,
+        "recordings kept per character: the best game, the worst, between",
+        limits=NOT_NEGATIVE,
+        affects_results=False,
+    )
 
     def __post_init__(self) -> None:
         self.character = ",".join(self.characters)  # one spelling, for names
-        validate_config(self)
+        if self.submission:  # found from any folder when the run is resumed or scored
+            self.submission = str(expand(self.submission).absolute())
+        for character in self.characters or ["(none)"]:
+            check_character(character)
+        for one in fields(self):
+            check_setting(one, getattr(self, one.name))
 
     @property
     def characters(self) -> List[str]:
@@ -237,81 +401,9 @@ class TrainConfig:
         return [name for name in dict.fromkeys(names) if name]
 
 
-# Settings that shape no result: where data and runs lie, names, logging.
-NO_RESULT = frozenset(
-    {
-        "data_path",
-        "data_mode",
-        "store_path",
-        "checkpoints_path",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "project",
-        "group",
-        "name",
-        "version",
-        "log_every",
-        "render_processes",
-        "resume",
-        "benchmark_sizes",
-        "eval_replays",
-    }
-)
-# What may differ between a run and its continuation: these, its length, and how it is evaluated.
-MAY_DIFFER = NO_RESULT | {
-    "init_from",
-    "update_steps",
-    "device",
-    "eval_every",
-    "eval_episodes",
-    "eval_processes",
-    "eval_max_steps",
-    "eval_precision",
-    "eval_heldout_frames",
-    "eval_seed",
-}
-
-COUNT = (1, math.inf)  # smallest and largest value
-NOT_NEGATIVE = (0, math.inf)
-POSITIVE = (1e-12, math.inf)
-SHARE = (0, 1)
-SEED = (0, 2**63 - 1)
-LIMITS: Dict[str, Tuple[float, float]] = {
-    "game_frames": NOT_NEGATIVE,
-    "heldout_share": (0, 0.9),
-    "version": NOT_NEGATIVE,
-    "log_every": COUNT,
-    "rnn_hidden_dim": COUNT,
-    "rnn_layers": COUNT,
-    "rnn_dropout": SHARE,
-    "clip_range": POSITIVE,
-    "tau": SHARE,
-    "gamma": SHARE,
-    "update_steps": COUNT,
-    "batch_size": COUNT,
-    "seq_len": COUNT,
-    "learning_rate": POSITIVE,
-    "warmup_transitions": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "clip_grad_norm": POSITIVE,
-    "train_seed": SEED,
-    "checkpoint_every": COUNT,
-    "eval_every": COUNT,
-    "eval_episodes": NOT_NEGATIVE,
-    "eval_processes": COUNT,
-    "render_processes": COUNT,
-    "eval_max_steps": COUNT,
-    "eval_heldout_frames": NOT_NEGATIVE,
-    "eval_seed": SEED,
-    "eval_replays": NOT_NEGATIVE,
-}
-CHOICES = {  # regular expressions
-    "data_mode": "compressed|memmap|in_memory",
-    "lr_schedule": "constant|cosine",
-    "device": r"auto|cpu|cuda(:\d+)?",
-    "precision": "auto|fp32|bf16",
-    "eval_precision": "fp32|bf16",
-}
+def settings_where(**wanted: bool) -> Set[str]:
+    """Names of the settings declared so: settings_where(affects_results=False)."""
+    return {one.name for one in fields(TrainConfig) if wanted.items() <= one.metadata.items()}
 
 
 def check_character(character: str) -> None:
@@ -319,116 +411,174 @@ def check_character(character: str) -> None:
         close = difflib.get_close_matches(character, AUTOASCEND_MEAN_SCORE, n=3)
         hint = f"did you mean {', '.join(close)}?"
         if not close:
-            hint = "a name is role-race-alignment, such as mon-hum-neu; give several by commas"
+            hint = "a name is role-race-alignment, such as mon-hum-neu; separate several by commas"
         raise UserError(f"unknown character {character!r}; {hint}")
 
 
-def validate_config(config: TrainConfig) -> None:
-    """Raises UserError with one line that says what to change."""
-    for character in config.characters or ["(none)"]:
-        check_character(character)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{name} must be at least {low:g} and at most {high:g}, not {value}")
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        if not re.fullmatch(choices, value):
-            shown = choices.replace("|", ", ")
-            raise UserError(f"{name} must be one of {shown}, not {value!r}")
+def check_setting(one: Field, value: Any) -> None:
+    """Raises UserError for a value outside of the limits or choices of its declaration."""
+    low, high = one.metadata["limits"]
+    choices = one.metadata["choices"]
+    is_number = type(value) in (int, float)
+    if is_number and not low <= value <= high:
+        raise UserError(f"{one.name} must be at least {low:g} and at most {high:g}, not {value}")
+    if choices and not re.fullmatch(choices, value):
+        shown = choices.replace("|", ", ").replace(r"\d+", "N")
+        raise UserError(f"{one.name} must be one of {shown}, not {value!r}")
 
 
+# --- from a command line and a file to settings
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def strict(kind: Any, value: Any) -> Any:
-    """A value of YAML's as a bool, text, int (1e6 too) or float. Raises ValueError.
-
-    Left alone pyrallis takes 2.7 for an int as 2, 'maybe' for a bool as True and null for text as
-    'None'.
-    """
-    if kind is bool and str(value).lower() in BOOLEANS:
-        return BOOLEANS[str(value).lower()]
-    if kind is str and not isinstance(value, str):  # 1_000, 1:30 and 007 are numbers to YAML
-        raise ValueError(f"{value!r} is not text to YAML; put it in quotes")
-    if kind is str:
-        return value
-    if kind in (int, float) and not isinstance(value, bool) and math.isfinite(float(value)):
-        if isinstance(value, kind):  # a large int stays exact
-            return value
-        if kind(float(value)) == float(value):
-            return kind(float(value))
-    raise ValueError(f"{value!r} is not a valid {kind.__name__}")
+def to_bool(value: Any) -> bool:
+    return BOOLEANS[str(value).lower()]
 
 
-def kindly(value: Any) -> Any:
-    """A value inside `algorithm`: a number wherever it can be read as one, 1e-3 and 8.0 too."""
-    for kind in (int, float):
-        with suppress(ValueError, TypeError):
-            return strict(kind, value)
+def to_text(value: Any) -> str:
+    if not isinstance(value, str):  # 1_000, 10:30 and 007 are numbers to YAML
+        raise TypeError
     return value
 
 
-for _kind in (bool, str, int, float):
-    pyrallis.decode.register(_kind, partial(strict, _kind))
-pyrallis.decode.register(Any, kindly)
+def to_number(kind: Any, value: Any) -> Any:
+    """A finite number, or its text (1e6 and 1_000 too), as an int or a float."""
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    if kind is float:
+        return number
+    if not number.is_integer():
+        raise ValueError
+    try:
+        return int(value)  # all digits of a large one
+    except ValueError:
+        return int(number)
 
 
-class SettingsParser(ArgumentParser):
-    """pyrallis' parser, which raises where argparse would print its whole usage and exit, and takes
-    a text as it was given, "null" apart: in YAML ' #' begins a comment, and 2024-01-05 is a date.
-    """
+def to_number_if_possible(value: Any) -> Any:
+    """For a value inside `algorithm`, whose type is not declared."""
+    for kind in (int, float):
+        with suppress(ValueError, TypeError, OverflowError):
+            return to_number(kind, value)
+    return value
+
+
+# pyrallis alone reads 2.7 as the int 2, 'maybe' as True and null as the text 'None'.
+pyrallis.decode.register(bool, to_bool)
+pyrallis.decode.register(str, to_text)
+pyrallis.decode.register(int, partial(to_number, int))
+pyrallis.decode.register(float, partial(to_number, float))
+pyrallis.decode.register(Any, to_number_if_possible)
+KINDS = {  # what a mistake in a value of this type says
+    bool: "true or false",
+    str: "text, in quotes in a file",
+    int: "a whole number",
+    float: "a number",
+    Optional[str]: "text, in quotes in a file, or null",
+    Optional[float]: "a number or null",
+    Union[bool, str]: "true, false or a folder",
+    Dict[str, Any]: "settings such as {burn_in: 8}",
+}
+
+
+def decode_setting(one: Field, value: Any) -> Any:
+    """The value as the setting's type. Raises UserError."""
+    try:
+        return pyrallis.decode(one.type, value)
+    except Exception:  # it raises many types
+        raise UserError(f"{one.name} must be {KINDS[one.type]}, not {value!r}") from None
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without what it does by default with a key that is given twice: take the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Dict[Any, Any]:
+        seen: List[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value} is given twice, the second time in line {line}")
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: Union[str, bytes], where: str) -> Dict[Any, Any]:
+    """Raises UserError."""
+    try:
+        content = yaml.load(text, UniqueKeyLoader)
+    except Exception as error:  # of many types, such as for the date 2024-13-45
+        raise UserError(f"{where} cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} must hold settings, each as `name: value`")
+    return content
+
+
+def unknown_setting(word: Any) -> UserError:
+    text = f"unknown setting {word}"
+    for name in difflib.get_close_matches(str(word).strip("-"), vars(TrainConfig()), n=1):
+        text += f"; did you mean {name}?"
+    return UserError(text)
+
+
+def read_config_file(path: str) -> Dict[str, Any]:
+    """Settings of a YAML file. Raises UserError."""
+    try:
+        content = load_yaml(expand(path).read_bytes(), f"--config {path}")
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    if content.get("algorithm", {}) is None:  # `algorithm:` without a value
+        content["algorithm"] = {}
+    settings = {one.name: one for one in fields(TrainConfig)}
+    for name, value in content.items():
+        if name not in settings:
+            raise UserError(f"--config {path}: {unknown_setting(name)}")
+        content[name] = decode_setting(settings[name], value)
+    return content
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """argparse, which raises UserError where it would print its whole usage and exit."""
 
     def error(self, message: str) -> Any:
         raise UserError(message)
-
-    def _postprocessing(self, parsed_args: Any) -> Any:
-        defaults = vars(TrainConfig())
-        for name, text in vars(parsed_args).items():
-            if type(defaults.get(name)) in (str, bool, type(None)) and text != "null":
-                setattr(parsed_args, name, cfgparsing.save_config(text))
-        return super()._postprocessing(parsed_args)
-
-
-def explain(error: Exception) -> str:
-    """What pyrallis says of a wrong setting, in the user's words, with the name that was meant."""
-    # Failed when parsing value='2.7' into field "<class 'x.TrainConfig'>.seq_len" of type <class
-    # 'int'>.\n\tUnderlying error is "ValueError: 2.7 is not a valid int"
-    # -> seq_len: 2.7 is not a valid int
-    pattern = r"(?s).*field \".*\.(\w+)\" of type.*error is \"\w+: (.*)\""
-    text = re.sub(pattern, r"\1: \2", str(error))
-    # unrecognized arguments: --batchsize 3  |  The fields {'batchsize': 3} do not belong to ...
-    # -> ...; did you mean batch_size?
-    for word in re.findall(r"(?:--|fields \{')(\w+)", text):
-        for name in difflib.get_close_matches(word, vars(TrainConfig()), n=1):
-            text += f"; did you mean {name}?"
-    return text
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:
     """Command line over config file over defaults; `algorithm` is merged key by key.
 
-    Raises UserError.
+    A text of the command line is taken as given: " #" does not begin a comment there, and
+    2024-01-05 is not a date. Raises UserError.
     """
-    # --config FILE -> --config_path FILE, as pyrallis calls it
-    argv = [re.sub("^--config(?=$|=)", "--config_path", token) for token in argv]
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config_path", nargs="?")
-    path = early.parse_known_args(argv)[0].config_path
-    description = __doc__.split("Axes:")[0]
-    try:
-        # For each setting's help pyrallis asks for TrainConfig's source, and Python parses this
-        # whole file anew: 3 seconds.
-        with patch.object(inspect, "getsource", lru_cache(maxsize=None)(inspect.getsource)):
-            parser = SettingsParser(TrainConfig, description=description, allow_abbrev=False)
-            config = parser.parse_args(argv)
-            if path:
-                from_file = pyrallis.parse(TrainConfig, config_path=path, args=[])
-                config.algorithm = {**from_file.algorithm, **config.algorithm}
-    except Exception as error:  # pyrallis raises many types
-        where = f" (with --config {path})" if path else ""
-        raise UserError(explain(error) + where) from None
-    return config
+    parser = SettingsParser(
+        description=(__doc__ or "").split("Axes:")[0],  # python -OO has no docstrings
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", "--config_path", metavar="FILE", help="settings as YAML")
+    defaults = TrainConfig()
+    for one in fields(TrainConfig):
+        text = f"{one.metadata['help']} (default: {getattr(defaults, one.name)})"
+        parser.add_argument(f"--{one.name}", default=argparse.SUPPRESS, help=text)
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        raise unknown_setting(word)
+    values = {}
+    if given.config is not None:
+        values = read_config_file(given.config)
+    overrides: Dict[str, Any] = {}
+    for one in fields(TrainConfig):
+        if one.name not in given:
+            continue
+        value = getattr(given, one.name)
+        if one.name == "algorithm":
+            value = load_yaml(value, "--algorithm")
+        elif value == "null" and type(None) in get_args(one.type):
+            value = None
+        overrides[one.name] = decode_setting(one, value)
+    if "algorithm" in overrides:
+        overrides["algorithm"] = {**values.get("algorithm", {}), **overrides["algorithm"]}
+    return TrainConfig(**{**values, **overrides})
 
 
 # ==================================================================================================
@@ -464,17 +614,9 @@ def asymmetric_l2_loss(u: Tensor, tau: float) -> Tensor:
     return torch.mean(torch.abs(tau - (u < 0).float()) * u**2)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`function` of every tensor in nested dicts, lists and tuples, as recurrent states may be."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: map_tensors(function, part) for name, part in value.items()}
-    return type(value)(map_tensors(function, part) for part in value)
-
-
 def to_device(value: Any, device: torch.device) -> Any:
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+    """With every tensor in nested dicts, lists and tuples, as recurrent states may be, moved."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def keep_freed_memory() -> None:
@@ -514,18 +656,17 @@ def to_bytes(save: Callable[[Any], None]) -> bytes:
 
 
 def write_line(text: str, file: Any) -> None:
-    """One line, above a progress bar if there is one. A console that is gone is given up, not the
-    run."""
+    """One line, above a progress bar if there is one. If the console is gone the run continues."""
     try:
         tqdm.write(text, file=file)
         file.flush()
     except OSError as error:
-        give_up(file)
+        discard(file)
         if file is sys.stdout:
-            warn(f"standard output cannot be written ({error.strerror}); this goes on without it")
+            warn(f"standard output cannot be written ({error.strerror}); this continues without it")
 
 
-def give_up(file: Any) -> None:
+def discard(file: Any) -> None:
     """What is written to the file from here on, and what it still holds, goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -557,23 +698,30 @@ def lock_file(file: Any, operation: int) -> None:
 
 
 def write_error(error: Exception) -> None:
-    """A mistake in one line; in none where another process writes it."""
-    text = " ".join(str(error).split())[:2000]
-    if text:
-        write_line(f"error: {text}", sys.stderr)
+    """A mistake in one line."""
+    write_line("error: " + " ".join(str(error).split())[:2000], sys.stderr)
+
+
+def prepare_console() -> None:
+    """Standard output and error can be written whatever they are: closed at the start (`>&-`), a
+    notebook's, or of an encoding that lacks a character."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    with suppress(AttributeError):  # a notebook's cannot be changed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def run_command(command: Callable[[], Any], if_stopped: str = "stopped by a signal") -> int:
-    """What every script ends in -> its exit status: the command's own (None is 0), 2 after a
-    mistake, which gets one line, or 128 + number after a signal, as the shell reports it."""
-    # For names of files that are no text.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    """Call it -> the exit status: its own (None is 0), 2 after a user's mistake, which gets one
+    line, or 128 + number after a signal, as the shell reports it. Every script ends in this."""
+    prepare_console()
     try:
         status = command()
         sys.stdout.flush()
         return status or 0
-    except BrokenPipeError:  # whoever reads has seen enough
-        give_up(sys.stdout)
+    except BrokenPipeError:  # the reader closed the pipe
+        discard(sys.stdout)
         return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         write_error(error)
@@ -606,8 +754,8 @@ def only_watching(what: str) -> Iterator[None]:
 
 
 class RunLogger:
-    """Every row goes to metrics.jsonl and to wandb (WANDB_MODE; without it online with a key and
-    offline without)."""
+    """Every row goes to metrics.jsonl and to wandb: online with an API key, offline without one, or
+    as WANDB_MODE says."""
 
     def __init__(self, config: TrainConfig, folder: Path, wandb_id: Optional[str] = None) -> None:
         self.path = folder / "metrics.jsonl"
@@ -618,31 +766,25 @@ class RunLogger:
         if RANK > 0 or mode == "disabled":
             return
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
-        options: Any = dict(
-            project=config.project,
-            group=folder.parent.name,
-            name=folder.name,
-            dir=folder,
-            config=asdict(config),
-            id=wandb_id,
-            resume="allow",
-        )
-        with only_watching("wandb"):
+        with only_watching("wandb (WANDB_MODE=offline needs no server)"):
             import wandb
 
-            try:
-                if mode is None:
-                    mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-                run = wandb.init(mode=mode, **options)
-            except Exception as error:  # of many types; a run must not die of them
-                reason = " ".join(str(error).split())
-                warn(f"wandb could not start ({reason}); the run is logged offline")
-                getattr(wandb, "teardown", lambda: None)()  # older ones have none
-                os.environ["WANDB_MODE"] = "offline"
-                run = wandb.init(mode="offline", **options)
-            # wandb drops rows whose step goes back
+            if not mode:
+                has_key = wandb.login(prompt=False, verify=False)
+                mode = "online" if has_key else "offline"
+            run: Any = wandb.init(
+                project=config.project,
+                group=folder.parent.name,
+                name=folder.name,
+                dir=folder,
+                config=asdict(config),
+                id=wandb_id,
+                resume="allow",
+                mode=mode,
+            )
+            # wandb drops rows whose step decreases
             self.wandb_step = max(self.path.read_bytes().count(b"\n"), run.step)
-            # our own axis: a resumed run lies where it belongs
+            # our own axis, so that a resumed run continues where it belongs
             run.define_metric("*", step_metric="transitions")
             self.run = run
 
@@ -677,8 +819,14 @@ class RunLogger:
 # FIXED: signals, and several processes, one a GPU, started by torchrun: each learns from its own
 # rows, the first writes
 # ==================================================================================================
-# Ctrl-C; a scheduler's end, and its warning before; a terminal that is closed.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Ctrl-C; a scheduler's end, and its warnings before; a terminal that is closed.
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+)
 stop_signal = 0  # number of the last one
 
 
@@ -689,7 +837,8 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def noting_signals() -> Iterator[None]:
-    """Inside, STOP_SIGNALS are noted and nothing else; afterwards they act as before."""
+    """Inside, STOP_SIGNALS are noted and nothing else; afterwards they act as before. In a thread,
+    where Python allows no handlers, they are left alone."""
 
     def note(number: int, _frame: Any) -> None:
         global stop_signal
@@ -697,10 +846,11 @@ def noting_signals() -> Iterator[None]:
 
     note(0, None)
     before = {}
-    for number in STOP_SIGNALS:
-        before[number] = signal.signal(number, note)
-    if before[signal.SIGHUP] == signal.SIG_IGN:  # started by nohup
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            before[number] = signal.signal(number, note)
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # started by nohup
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
@@ -1254,13 +1404,6 @@ def build_store(store: Path, games: List[GameSource], problems: List[str], chara
     os.replace(temporary, store)
 
 
-HINTS = {  # words of an error that do not say what to do
-    "unable to lock file": "; if nobody writes to it, set HDF5_USE_FILE_LOCKING=FALSE",
-    "process pool was terminated": "; was it killed for want of memory? There is one process a "
-    "core: `taskset -c 0 python ...` starts one",
-}
-
-
 def open_or_build_store(data_path: Optional[str], store_path: str, character: str) -> "ChunkStore":
     """A store of the character's games: the given one, the one built before if they did not change,
     or a new one."""
@@ -1282,10 +1425,8 @@ def open_or_build_store(data_path: Optional[str], store_path: str, character: st
                     return store
             build_store(folder, games, problems, character)
     except (OSError, RuntimeError) as error:  # of h5py and of a process that crashed too
-        hints = [HINTS[words] for words in HINTS if words in str(error)]
         raise UserError(
             f"cannot read {data} or write its chunk store (--store_path {store_path}): {error}"
-            + "".join(hints)
         ) from None
     return ChunkStore(folder, character)
 
@@ -1451,8 +1592,7 @@ class ChunkPlan:
 class ChunkLoader:
     """Batches of `rows` rows on all processes together; this one reads its share.
 
-    `shuffle`: games in a new random order each pass, else in their own. `with_returns`: exact
-    returns as well.
+    `shuffle`: games in a new random order each pass, else in their own.
     """
 
     def __init__(
@@ -1463,7 +1603,6 @@ class ChunkLoader:
         rows: int,
         reward_scale: float,
         shuffle: bool = True,
-        with_returns: bool = False,
     ) -> None:
         self.games = games
         self.chosen = np.asarray(chosen)  # numbers of the games to read
@@ -1476,8 +1615,6 @@ class ChunkLoader:
             "dones": (np.bool_,),
             "mask": (np.bool_,),
         }
-        if with_returns:
-            self.shapes["returns"] = (np.float32,)
         self.pin_memory = torch.cuda.is_available() and config.device != "cpu"
         seed = config.train_seed if shuffle else None
         self.plan = ChunkPlan(games.frames[self.chosen], rows, self.config.seq_len, seed)
@@ -1487,7 +1624,6 @@ class ChunkLoader:
         blocks_a_step = self.batch_size * (2 + self.config.seq_len // BLOCK)
         self.block = lru_cache(maxsize=blocks_a_step)(ChunkStore.block)
         self.rewards_of = lru_cache(maxsize=2 * self.batch_size)(self._rewards)
-        self.returns_of = lru_cache(maxsize=None)(self._returns)
 
     def _rewards(self, store: ChunkStore, number: int) -> np.ndarray:
         """[n] float32: scaled and clipped, at every frame of the whole game."""
@@ -1496,13 +1632,6 @@ class ChunkLoader:
         rewards = np.zeros(store.frames[number], dtype=np.float32)
         rewards[reward_frames] = np.clip(scaled, -self.config.clip_range, self.config.clip_range)
         return rewards
-
-    def _returns(self, store: ChunkStore, number: int) -> np.ndarray:
-        """[n] float64: exact discounted sums of the rewards from every frame on."""
-        returns = self.rewards_of(store, number).astype(float)
-        for t in range(len(returns) - 2, -1, -1):
-            returns[t] += self.config.gamma * returns[t + 1]
-        return returns
 
     def _fill_row(self, batch: Dict[str, np.ndarray], row: int, game: int, first: int) -> None:
         """Writes frames first .. first + T of the game, as far as it goes, into a row."""
@@ -1524,8 +1653,6 @@ class ChunkLoader:
         filled = slice(0, stop - first)
         batch["dones"][row, stop - first - 1] = stop == length and not store.is_cut[number]
         batch["rewards"][row, filled] = self.rewards_of(store, number)[first:stop]
-        if "returns" in batch:
-            batch["returns"][row, filled] = self.returns_of(store, number)[first:stop]
         # Frames beyond a cut do not count, but the values before it are bootstrapped from them.
         batch["mask"][row, : min(stop, self.games.frames[game]) - first] = True
 
@@ -1834,7 +1961,7 @@ class ModelBackbone(nn.Module):
 # Recurrent advantage-weighted regression with burn-in. The benchmark takes this block alone and
 # runs it inside its own file: it names nothing from outside but torch, nn, F, np and Categorical.
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace  # noqa: F811
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from nle.nethack import ACTIONS
@@ -1843,40 +1970,61 @@ from torch import Tensor
 States = Dict[str, Any]  # what a chunk hands on to the next one of its rows
 
 
+def hyperparameter(default: Any, limits: Tuple[float, float], text: str) -> Any:
+    """Declare one setting of AWRConfig: its default, smallest and largest value, and meaning."""
+    return field(default=default, metadata={"limits": limits, "help": text})
+
+
 @dataclass
 class AWRConfig:
     """Hyper-parameters of the algorithm, each with its source; `config.algorithm` overrides them by
     name."""
 
-    head_dim: int = 120  # width of the shared projection; up to 122 keep the head within 267,033
-    burn_in: int = 4  # steps re-run before a chunk to refresh its state (R2D2, Kapturowski 2019)
-    lam: float = 0.95  # lambda of the returns (TD(lambda); the usual value, arXiv 1506.02438)
-    # Temperature: weight = exp(advantage / (beta * scale)) (AWR, arXiv 1910.00177, equation 7).
-    # Rewards are rare and of very unequal size: with AWR's own 1 and 20 a few frames take half to
-    # two thirds of a batch's effective size.
-    # Of a better and a worse player's frames they prefer neither (scripts/results/README.md).
-    beta: float = 3.0
-    max_weight: float = 5.0  # largest weight before normalisation (AWR, section 5, has 20)
-    scale_rate: float = 0.01  # rate of the advantages' running mean square (MARWIL 2018, eq. 4)
-    value_coef: float = 0.5  # weight of the value loss against the policy loss
-    temperature: float = 1.0  # softmax temperature of the actions drawn when acting
-    average_decay: float = 0.999  # of the weights' average, which acts (arXiv 2310.11428); 0: none
-
-
-MAY_BE_ZERO = ("burn_in", "lam", "value_coef", "average_decay")
-AT_MOST_ONE = ("lam", "scale_rate", "average_decay")
+    head_dim: int = hyperparameter(
+        120, (1e-9, 1e9), "width of the shared projection; up to 122 keep the head within 267,033"
+    )
+    burn_in: int = hyperparameter(
+        4,
+        (0, 1e9),
+        "steps re-run before a chunk to refresh its state (R2D2, Kapturowski et al. 2019)",
+    )
+    lam: float = hyperparameter(
+        0.95, (0, 1), "lambda of the returns (TD(lambda); the usual value, arXiv 1506.02438)"
+    )
+    # Rewards are rare and of very unequal size: with AWR's own 1 and 20 a few frames make up half
+    # to two thirds of a batch's effective size. On frames of a better and a worse player the
+    # weights prefer neither (scripts/results/README.md).
+    beta: float = hyperparameter(
+        3.0,
+        (1e-9, 1e9),
+        "temperature: weight = exp(advantage / (beta * scale)) (AWR, arXiv 1910.00177, eq. 7)",
+    )
+    max_weight: float = hyperparameter(
+        5.0, (1e-9, 1e9), "largest weight before normalization (AWR, section 5, has 20)"
+    )
+    scale_rate: float = hyperparameter(
+        0.01, (1e-9, 1), "rate of the advantages' running mean square (MARWIL 2018, eq. 4)"
+    )
+    value_coef: float = hyperparameter(
+        0.5, (0, 1e9), "weight of the value loss against the policy loss"
+    )
+    temperature: float = hyperparameter(
+        1.0, (1e-9, 1e9), "softmax temperature of the actions sampled when acting"
+    )
+    average_decay: float = hyperparameter(
+        0.999, (0, 1), "decay of the weights' average, which acts (arXiv 2310.11428); 0: none"
+    )
 
 
 def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
     """AWRConfig with these values. Raises ValueError for an unknown name, a wrong type or a value
     out of range."""
+    known = {one.name: one for one in fields(AWRConfig)}
     for name, value in overrides.items():
-        if name not in vars(AWRConfig()):
-            known = ", ".join(vars(AWRConfig()))
-            raise ValueError(f"algorithm: unknown setting {name!r}; there are {known}")
-        kind = type(getattr(AWRConfig, name))
-        low = 0 if name in MAY_BE_ZERO else 1e-9
-        high = 1 if name in AT_MOST_ONE else 1e9
+        if name not in known:
+            raise ValueError(f"algorithm: unknown setting {name!r}; there are {', '.join(known)}")
+        kind: Any = known[name].type
+        low, high = known[name].metadata["limits"]
         if type(value) not in (int, kind) or not low <= value <= high:
             wanted = f"{kind.__name__} in [{low:g}, {high:g}]"
             raise ValueError(f"algorithm: {name} must be {wanted}, not {value!r}")
@@ -2127,8 +2275,7 @@ class OfflineAlgorithm:
 
         batch [B, T + 1, ...]; prev_actions [B, 1]: the action before the first frame; rnn_states:
         {} at first. Games may begin anywhere in a chunk. Without our loader's `mask` every frame
-        counts, and without its `starts` a game begins at frame 0 if the chunk before ended one. The
-        new rnn_states hold the chunk's `values` [B, T] too, for whoever compares them with returns.
+        counts, and without its `starts` a game begins at frame 0 if the chunk before ended one.
         """
         B, frames = batch["actions"].shape
         shapes = {name: (B, frames, *batch[name].shape[2:]) for name in self.model.observations}
@@ -2165,7 +2312,7 @@ class OfflineAlgorithm:
             counts.float()[:, :T],
         )
 
-        new_states: States = {"ended": ended[:, T - 1], "values": values[:, :T].detach()}
+        new_states: States = {"ended": ended[:, T - 1]}
         if core is not None:
             new_states["core"] = tuple(part.detach() for part in core)
         if store_at < T:  # copies, since a slice would keep the whole batch alive
@@ -2309,9 +2456,7 @@ def evaluate_heldout(
     device: torch.device,
     precision: Optional[torch.dtype] = None,
 ) -> Metrics:
-    """Means over frames of the metrics of the algorithm's own train_step over held-out chunks, and,
-    where its recurrent states hold `values` [B, T], how much of the exact returns' variance they
-    explain."""
+    """Means over frames of the metrics of the algorithm's own train_step over held-out chunks."""
     rnn_states: Any = {}
     sums: Metrics = {}
     algorithm.model.eval()
@@ -2324,16 +2469,6 @@ def evaluate_heldout(
         frames = float(mask.sum())
         terms = {name: float(value) * frames for name, value in info.items()}
         terms["frames"] = frames
-        if "values" in rnn_states:
-            returns = batch["returns"][:, :-1][mask].double()
-            errors = returns - rnn_states["values"][mask]
-            moments = {
-                "return": returns,
-                "return_square": returns**2,
-                "value_error": errors,
-                "value_error_square": errors**2,
-            }
-            terms.update({name: float(moment.sum()) for name, moment in moments.items()})
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term
     algorithm.model.train()
@@ -2342,11 +2477,6 @@ def evaluate_heldout(
     total = {name: sum(part[name] for part in parts) for name in sums}
     frames = total.pop("frames")
     means = {name: term / max(frames, 1.0) for name, term in total.items()}
-    if "return" in means:
-        variance = means.pop("return_square") - means.pop("return") ** 2
-        unexplained = means.pop("value_error_square") - means.pop("value_error") ** 2
-        if variance > 0:
-            means["explained_variance"] = 1.0 - unexplained / variance
     return {**means, "frames": frames}
 
 
@@ -2591,24 +2721,14 @@ def geometric_mean(scores: Sequence[float]) -> float:
 
 
 def save_games(prefix: Path, character: str, results: Sequence[GameResult], eval_seed: int) -> None:
-    """<prefix>_games.csv with all that is known of each game, and arrays with one value a game, in
-    the games' order."""
-    scores = np.array([result.score for result in results], dtype=float)
-    normalized = scores / AUTOASCEND_MEAN_SCORE[character]
-    arrays = {
-        "returns": scores,
-        "depths": np.array([result.depth for result in results]),
-        "normalized_scores": normalized,
-    }
-    for name, array in arrays.items():
-        path = prefix.with_name(f"{prefix.name}_{name}.npy")
-        write_atomically(path, to_bytes(partial(np.save, arr=array)))
+    """Write <prefix>_games.csv with all that is known of each game, in the games' order."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     seeds = ["core_seed", "disp_seed"]
     writer.writerow(["character", *GameResult._fields, "normalized_score", *seeds])
-    for result, score in zip(results, normalized):
-        writer.writerow([character, *result, score, *game_seeds(eval_seed, result.game)])
+    for result in results:
+        normalized = result.score / AUTOASCEND_MEAN_SCORE[character]
+        writer.writerow([character, *result, normalized, *game_seeds(eval_seed, result.game)])
     path = prefix.with_name(f"{prefix.name}_games.csv")
     write_atomically(path, table.getvalue().encode())
 
@@ -2664,7 +2784,7 @@ def evaluate_games(
 # FIXED: the run's folder and checkpoints
 # ==================================================================================================
 CHECKPOINT_FORMAT = 2  # of all that playing needs
-RUN_FORMAT = 2  # of what going on needs beside it
+RUN_FORMAT = 3  # of what going on needs beside it
 
 
 def find_checkpoints(folder: Path) -> List[Path]:
@@ -2789,26 +2909,77 @@ def choose_precision(config: TrainConfig, device: torch.device) -> Optional[torc
     return None
 
 
+def benchmark_names() -> Dict[str, Any]:
+    """What the benchmark's own file gives a block without an import."""
+    import uuid
+
+    import wandb
+    from tqdm.auto import trange
+
+    return dict(
+        os=os,
+        sys=sys,
+        random=random,
+        uuid=uuid,
+        wandb=wandb,
+        torch=torch,
+        nn=nn,
+        F=F,
+        np=np,
+        pyrallis=pyrallis,
+        deepcopy=deepcopy,
+        dataclass=dataclass,
+        asdict=asdict,
+        Optional=Optional,
+        Dict=Dict,
+        Tuple=Tuple,
+        Any=Any,
+        List=List,
+        tqdm=tqdm,
+        trange=trange,
+        Categorical=Categorical,
+        LSTM_HIDDEN=Tuple[Tensor, Tensor],
+        UPDATE_INFO=Dict[str, Any],
+        DEVICE="cuda" if torch.cuda.is_available() else "cpu",
+        TrainConfig=TrainConfig,
+        ModelBackbone=ModelBackbone,
+        soft_update=soft_update,
+        asymmetric_l2_loss=asymmetric_l2_loss,
+    )
+
+
 def load_submission(path: str) -> Any:
-    """Module with `Model` and `OfflineAlgorithm`: a file's EDITABLE block, or the whole file if it
-    has no banners."""
-    module = types.ModuleType("submission")
-    names = {name for name in globals() if not name.startswith("__")}
-    for name in names - {"Model", "OfflineAlgorithm"}:
-        setattr(module, name, globals()[name])
+    """A Python file as a module with `Model` and `OfflineAlgorithm`. If it has the two banners, the
+    EDITABLE block between them is the module.
+
+    It may import helpers that lie next to it. Without an import it knows the names that the
+    benchmark's own file gives a block, and no others.
+    """
+    spec: Any = importlib.util.spec_from_file_location("submission", path)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(benchmark_names())
     sys.modules["submission"] = module  # dataclasses look their module up
+    sys.path.append(str(Path(path).parent))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with tokenize.open(path) as file:  # as Python reads it: a byte-order mark, a coding line
+            text = file.read()
         parts = re.split(r"(?m)^# =+ +EDITABLE (?:BEGIN|END) +=+$", text)
         if len(parts) == 3:  # line numbers stay right
             text = "\n" * parts[0].count("\n") + parts[1]
-        exec(compile(text, path, "exec"), module.__dict__)
+        exec(compile(text, path, "exec"), vars(module))
         module.Model, module.OfflineAlgorithm  # noqa: B018  both must be there
     except (Exception, SystemExit) as error:
         raise UserError(
             f"the submission {path} cannot be used: {type(error).__name__}: {error}"
         ) from error
     return module
+
+
+def hash_of_submission(config: TrainConfig) -> str:
+    """Of the file's text; empty for this file's own block."""
+    if not config.submission:
+        return ""
+    return hashlib.sha256(Path(config.submission).read_bytes()).hexdigest()
 
 
 def make_algorithm(config: TrainConfig, device: torch.device) -> Any:
@@ -2896,7 +3067,9 @@ def open_stores(config: TrainConfig) -> List[ChunkStore]:
             except UserError as error:
                 problem = str(error)
         for text in filter(None, gather(problem)):
-            raise UserError("" if RANK else text)
+            if RANK > 0:
+                sys.exit(2)  # the first process says why
+            raise UserError(text)
     return stores
 
 
@@ -2924,9 +3097,7 @@ def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
     if not len(heldout):
         return loader, None
     rows = min(rows, max(32, WORLD))
-    return loader, ChunkLoader(
-        games, heldout, config, rows, scale, shuffle=False, with_returns=True
-    )
+    return loader, ChunkLoader(games, heldout, config, rows, scale, shuffle=False)
 
 
 def refuse_games(before: set, now: set) -> None:
@@ -2952,7 +3123,10 @@ class Trainer:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             # torchrun keeps its store over a restart: what was left there before is not ours.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+            try:
+                store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+            except ValueError as error:
+                raise UserError(f"{error}; start several processes with torchrun") from None
             dist.init_process_group(backend, None, timedelta(hours=24), WORLD, RANK, store)
         set_seed(config.train_seed)
         self.algorithm = algorithm or begin_algorithm(config, self.device)
@@ -2997,8 +3171,14 @@ class Trainer:
         }
 
     def run_settings(self) -> Dict[str, Any]:
-        """What must be alike in a run and its continuation, MAY_DIFFER aside."""
-        return {**asdict(self.config), "processes": WORLD, "games": self.identities}
+        """What must be alike in a run and its continuation, apart from the settings that may
+        change."""
+        settings: Dict[str, Any] = asdict(self.config)
+        for name in settings_where(may_change=True):
+            del settings[name]
+        # where the file lies does not matter
+        settings["submission"] = self.config.submission and "another file"
+        return {**settings, "processes": WORLD, "games": self.identities}
 
     def state_dict(self) -> Dict[str, Any]:
         """What is needed to go on, and to play: all that last.pt holds. Gathers the processes'
@@ -3008,9 +3188,10 @@ class Trainer:
             "run_format": RUN_FORMAT,
             "algorithm": {name: part.state_dict() for name, part in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
-            "rnn_states": gather(map_tensors(torch.Tensor.cpu, self.rnn_states)),
+            "rnn_states": gather(to_device(self.rnn_states, torch.device("cpu"))),
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "run": json.dumps(self.run_settings()),
+            "submission_sha256": hash_of_submission(self.config),
         }
 
     def load_state_dict(self, content: Dict[str, Any]) -> None:
@@ -3020,12 +3201,14 @@ class Trainer:
         saved = json.loads(content["run"])
         for name, value in self.run_settings().items():
             was = saved.get(name)
-            if name not in MAY_DIFFER and was != value:
+            if was != value:
                 if name == "games":
                     refuse_games(set(was), set(value))
                 raise UserError(
                     f"cannot resume: {name} was {was} and is {value}; begin without --resume"
                 )
+        if content["submission_sha256"] != hash_of_submission(self.config):
+            warn(f"{self.config.submission} has changed since this run was saved")
         for name, module in self.modules.items():
             module.load_state_dict(content["algorithm"][name])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -3088,7 +3271,7 @@ class Trainer:
         loss, rnn_states, info = call_train_step(
             self.algorithm, batch, prev_actions, self.rnn_states, self.precision
         )
-        self.rnn_states = map_tensors(torch.Tensor.detach, rnn_states)
+        self.rnn_states = tree_map_only(Tensor, Tensor.detach, rnn_states)
         forwarded = time.perf_counter()
         learning_rate = learning_rate_at(self.config, self.step * self.transitions_per_update)
         for group in self.optimizer.param_groups:
@@ -3261,7 +3444,12 @@ def check_sizes(config: TrainConfig) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     # A submission that imports this file by its name gets this one, not a second one.
-    sys.modules.setdefault("custom_nethack_pomdp", sys.modules[__name__])
+    this = sys.modules[__name__]
+    if vars(this) is not globals():  # a profiler is `__main__`, and has run this file inside
+        this = types.ModuleType(__name__)
+        vars(this).update(globals())
+        sys.modules[__name__] = this
+    sys.modules.setdefault("custom_nethack_pomdp", this)
 
     def command() -> None:
         config = parse_config(sys.argv[1:] if argv is None else argv)

@@ -105,7 +105,7 @@ def what_came(loader: pomdp.ChunkLoader, game: int, frames: int) -> Dict[str, np
     for steps in GAINS:
         then = np.minimum(now + steps, length)
         found[f"score gained within {steps:,} steps"] = total[then] - total[now]
-    found["discounted return"] = loader.returns_of(store, number)[:frames].copy()
+    found["discounted return"] = exact_returns(rewards, loader.config.gamma)[:frames]
     for steps in ENDS:
         found[f"death within {steps:,} steps"] = (now + steps >= length).astype(float)
     if store.is_cut[number]:
@@ -151,7 +151,7 @@ def collect(
     owners: List[np.ndarray] = []
     unknown = 0
     for game in pomdp.progress(iterable=chosen, desc="LSTM", unit="game"):
-        loader = pomdp.ChunkLoader(games, np.array([game]), config, 1, scale, with_returns=True)
+        loader = pomdp.ChunkLoader(games, np.array([game]), config, 1, scale)
         frames = int(games.frames[game])
         read = run_lstm(backbone, loader, device, precision)
         came = what_came(loader, game, frames)

@@ -38,13 +38,14 @@ from shared import (
 )
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, NO_RESULT, UserError
+from custom_nethack_pomdp import AUTOASCEND_MEAN_SCORE, ENDS, UserError, settings_where
 
 NEEDED = {"study", "algorithm", "variant", "seed", "characters", "settings", "scores", "curve"}
 SAME = ("study", "algorithm", "variant", "settings", "seed", "characters")  # of a row made again
 # Settings that make no other arm of a run: they shape no result (a device only rounds otherwise),
 # or are told apart anyway. The names that its user gave a run do tell it from others.
-NOT_SETTINGS = (NO_RESULT - {"group", "name"}) | {"device", "character", "train_seed", "evaluate"}
+NOT_SETTINGS = settings_where(affects_results=False) - {"group", "name"}
+NOT_SETTINGS |= {"device", "character", "train_seed", "evaluate"}
 NOTHING = "–"
 Line = Dict[str, str]  # of the table: {column in HEADER: cell}
 # the benchmark's best, 204.8 million

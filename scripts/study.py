@@ -58,7 +58,7 @@ import yaml
 from shared import DEFAULT_VARIANT, ROOT, Parser, Row, newest_games, read_games, read_rows
 
 import custom_nethack_pomdp as pomdp
-from custom_nethack_pomdp import NO_RESULT, TrainConfig, UserError
+from custom_nethack_pomdp import TrainConfig, UserError, settings_where
 
 OPTIONAL = {"base": {}, "evaluations": {}, "phases": [1_000, 5_000, 10_000]}
 KINDS = {
@@ -88,7 +88,7 @@ OURS = (
 )
 # Not in a row's config: what shapes no result (a device only rounds otherwise), and what a row
 # counts apart.
-NOT_SETTINGS = NO_RESULT | {
+NOT_SETTINGS = settings_where(affects_results=False) | {
     "device",
     "character",
     "train_seed",
@@ -349,7 +349,7 @@ def score_games(algorithm: Any, config: TrainConfig, store: Any, phases: List[in
     for game in np.flatnonzero(games.heldout(config.heldout_share)):
         # The reward scale is no matter, since no metric of rewards is kept; one row begins with the
         # game's first frame.
-        loader = pomdp.ChunkLoader(games, np.array([game]), config, 1, 1.0, with_returns=True)
+        loader = pomdp.ChunkLoader(games, np.array([game]), config, 1, 1.0)
         by_phase = {}
         start = 0
         sums = np.zeros(3)

@@ -488,8 +488,7 @@ def test_loss_is_that_of_the_formulas():
     )  # linear beyond 1
     assert 0.2 < (advantages.abs() < 1).float().mean() < 0.8
     expected = (weights * losses).mean() + 0.3 * errors.mean()
-    loss, states, info = step(algorithm, batch)
-    torch.testing.assert_close(states["values"], values[:, :-1], rtol=0, atol=5e-6)
+    loss, _, info = step(algorithm, batch)
     assert all(
         isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values()
     )

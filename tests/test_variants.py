@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 from nle import nethack
 
 import custom_nethack_pomdp as pomdp
@@ -39,7 +40,7 @@ def algorithm_of(module):
 def batches(games):
     """Batches of four rows of recorded games, as they come from the loader, prev_actions among them."""
     every = np.arange(len(games.frames))
-    loader = pomdp.ChunkLoader(games, every, config(), 4, 1.0, with_returns=True)
+    loader = blind_value.LoaderWithReturns(games, every, config(), 4, 1.0)
 
     def batch_at(number):
         batch, prev_actions = loader.batch_at(number)
@@ -80,9 +81,7 @@ def test_each_one_is_a_submission_that_learns_resumes_and_acts(path, batches):
             all(part.ndim == 0 and not part.requires_grad for part in info.values())
             and info["loss"].isfinite()
         )
-        pomdp.map_tensors(
-            lambda part: part.requires_grad and pytest.fail("states carry gradients"), states
-        )
+        assert not any(part.requires_grad for part in tree_leaves(states)), "they carry gradients"
     assert losses[-1] < losses[0] - 0.2
     actions, state = algorithm.model.eval().vec_act(observations(batches(0)))
     again, _ = algorithm.model.vec_act(observations(batches(0), 1), state)
@@ -187,8 +186,10 @@ def test_a_blind_value_learns_exact_returns_and_sees_status_numbers_alone(games)
     algorithm = algorithm_of(blind_value)
     loader = pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0)
     batch, prev_actions = loader.batch_at(3)
-    _, states, info = algorithm.train_step(batch, prev_actions, {})
-    errors = F.huber_loss(states["values"], batch["returns"][:, :-1], reduction="none")
+    values = []
+    algorithm.model.blind.register_forward_hook(lambda *call: values.append(call[-1][..., 0]))
+    _, _, info = algorithm.train_step(batch, prev_actions, {})
+    errors = F.huber_loss(values[0][:, :-1], batch["returns"][:, :-1], reduction="none")
     assert batch["mask"].all() and info["value_loss"].item() == pytest.approx(
         2 * errors.mean().item(), rel=1e-5
     )
@@ -196,12 +197,26 @@ def test_a_blind_value_learns_exact_returns_and_sees_status_numbers_alone(games)
     for changed in (nethack.NLE_BL_GOLD, nethack.NLE_BL_EXP, nethack.NLE_BL_AC):
         other["blstats"] = batch["blstats"].clone()
         other["blstats"][..., changed] += 100
-        assert torch.equal(
-            algorithm.train_step(other, prev_actions, {})[1]["values"], states["values"]
-        )
+        algorithm.train_step(other, prev_actions, {})
+        assert torch.equal(values[-1], values[0])
     other["blstats"][..., nethack.NLE_BL_TIME] += 1000
-    values = algorithm.train_step(other, prev_actions, {})[1]["values"]
-    assert not torch.isclose(values, states["values"]).any()
+    algorithm.train_step(other, prev_actions, {})
+    assert not torch.isclose(values[-1], values[0]).any()
+
+
+def test_returns_reach_to_the_end_of_the_game(games):
+    """Row by row against sums written out, in the last chunk of a game too."""
+    chosen = np.array([int(np.argmin(games.frames))])
+    loader = blind_value.LoaderWithReturns(games, chosen, config(gamma=0.9), 1, 2.0)
+    rewards = loader.rewards_of(*games.in_store[chosen[0]])
+    assert rewards.any()
+    for step in range(loader.plan.steps):
+        first = step * loader.config.seq_len
+        row = loader.batch_at(step)[0]["returns"][0]
+        for t in range(first, min(first + len(row), len(rewards))):
+            rest = rewards[t:]
+            expected = (rest * 0.9 ** np.arange(len(rest))).sum()
+            assert row[t - first].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @torch.no_grad()

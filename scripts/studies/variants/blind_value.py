@@ -7,13 +7,20 @@ higher advantage. Returns are exact (lambda 1, to the game's end): a shorter one
 value, which is the same for all players.
 """
 
+import sys
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Dict, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import custom_nethack_pomdp as ours
 from custom_nethack_pomdp import nethack
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "lib"))
+from exact_returns import exact_returns
 
 NUMBERS = 5
 
@@ -33,10 +40,21 @@ def status_numbers(blstats: Tensor) -> Tensor:
 
 
 class LoaderWithReturns(ours.ChunkLoader):
-    """With exact returns in the batches that are learned from, not only in held-out ones."""
+    """With `returns` [B, T + 1] float32 in every batch: exact discounted returns."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{**settings, "with_returns": True})
+        super().__init__(*args, **settings)
+        self.shapes["returns"] = (np.float32,)
+        self.returns_of = lru_cache(maxsize=2 * self.batch_size)(self._returns)
+
+    def _returns(self, store: Any, number: int) -> np.ndarray:
+        return exact_returns(self.rewards_of(store, number), self.config.gamma)
+
+    def _fill_row(self, batch: Any, row: int, game: int, first: int) -> None:
+        super()._fill_row(batch, row, game, first)
+        returns = self.returns_of(*self.games.in_store[game])[first:]
+        filled = returns[: self.config.seq_len + 1]
+        batch["returns"][row, : len(filled)] = filled
 
 
 class Model(ours.Model):
