@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import human_games
 import numpy as np
 import torch

@@ -2,7 +2,7 @@
 # For people who change the code: layout and style (ruff), types (mypy) and the shell scripts' syntax. Makes .venv, whose libraries mypy
 # reads, and .venv-check with the tools when needed. Exits with 1 where something was found, with 2 where nothing was checked.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/venv.sh"
 
 install_tools() { pip_install "$1" -r scripts/requirements-check.txt; }
 
@@ -19,7 +19,7 @@ check() { # NAME COMMAND...: goes on after a finding, so that one run shows all
 
 check_shell() {
     local script failed=0
-    for script in scripts/*.sh .ci/run; do
+    for script in scripts/{.,lib}/*.sh .ci/run; do
         [ ! -f "$script" ] || bash -n "$script" || failed=1
     done
     return $failed
@@ -28,7 +28,7 @@ check_shell() {
 check layout .venv-check/bin/ruff format --check --quiet --config scripts/ruff.toml .
 check style .venv-check/bin/ruff check --quiet --config scripts/ruff.toml .
 check types .venv-check/bin/mypy --no-error-summary --config-file scripts/mypy.ini --python-executable .venv/bin/python \
-    custom_nethack_pomdp.py scripts/*.py scripts/references/*.py scripts/studies/variants/*.py
+    custom_nethack_pomdp.py scripts/{.,lib,references,studies/variants}/*.py
 check "shell scripts" check_shell
 
 if [ -n "$found" ]; then

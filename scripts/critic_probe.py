@@ -29,6 +29,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import numpy as np
 import torch
 import torch.nn.functional as F

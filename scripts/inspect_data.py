@@ -4,7 +4,7 @@
     python scripts/inspect_data.py DATA_DIR --character mon-hum-neu --json
 
 DATA_DIR is what `--data_path` takes: an NLD-AA folder, Katakomba's .hdf5 file or a folder of them,
-or a chunk store. Or it holds human games in alt.org's layout (NLD-NAO, scripts/human_games.py):
+or a chunk store. Or it holds human games in alt.org's layout (NLD-NAO, lib/human_games.py):
 games are joined from their files, and every file is read once, for its frames and the share of them
 whose status lines can be read. Where menus, or what stands before and after a game, hide a line, it
 cannot.
@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import human_games
 import numpy as np
 from shared import Parser

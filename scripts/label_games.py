@@ -6,7 +6,7 @@
     python custom_nethack_pomdp.py --data_path DIR,NLD_AA_DIR --character val-hum-neu \\
         --algorithm '{beta: 1.0e+6, value_coef: 0}'                 learns, without the value
 
---data_path holds human games in alt.org's layout (scripts/human_games.py). DIR gets an HDF5 file a
+--data_path holds human games in alt.org's layout (lib/human_games.py). DIR gets an HDF5 file a
 character as Katakomba has them, with -1 for a key that is not known. A character's file that this
 command made before, of the same games in the same way, is left as it is; a killed one leaves none.
 
@@ -35,6 +35,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import h5py
 import human_games
 import numpy as np

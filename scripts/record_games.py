@@ -45,6 +45,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import agent_player
 import autoascend_player
 import numpy as np

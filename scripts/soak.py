@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import numpy as np
 import torch
 from shared import ROOT, Parser, Row, read_rows

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, List, Optional
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import numpy as np
 import standin
 import torch

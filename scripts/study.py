@@ -52,6 +52,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import numpy as np
 import torch
 import yaml

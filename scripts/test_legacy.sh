@@ -3,7 +3,7 @@
 # (Scripts need Python 3.10.) Makes .venv-legacy when needed, for which nle is built from source; without a Python 3.8 a later one
 # up to 3.11 will do. Arguments go on to pytest.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/venv.sh"
 
 # Looks for what the build needs from the system, and says what is missing. Installs it only where it may: as root.
 need_build_tools() {

@@ -21,8 +21,8 @@ LIMIT_FUNCTION, LIMIT_CLASS = 60, 230  # lines of one
 LIMIT_README = 260  # lines
 TOP_LEVEL = {"custom_nethack_pomdp.py", "README.md", "requirements.txt", "tests", "scripts"}
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.DictComp, ast.SetComp)
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
-LIMIT_SCRIPTS = 50_217  # nodes of all of them
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "scripts" / "lib").glob("*.py")])
+LIMIT_SCRIPTS = 50_485  # nodes of all of them
 
 
 def count_own_nodes(statement):

@@ -29,7 +29,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 import numpy as np
 from nle.dataset.dataset import converter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from custom_nethack_pomdp import COLS, ROWS, GameError
 
 NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d\d)[_:](\d\d)[_:](\d\d)\.ttyrec\.bz2")

@@ -19,12 +19,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from nle import nethack
 
 from custom_nethack_pomdp import UserError
 
-REQUIREMENTS = Path(__file__).with_name("requirements-autoascend.txt")
+REQUIREMENTS = Path(__file__).parents[1] / "requirements-autoascend.txt"
 REPOSITORY = "https://github.com/cdmatters/autoascend"
 
 

@@ -4,7 +4,7 @@
 # FILES are what its content follows from: a stamp in DIR holds their hash, and is written last, so that an
 # interrupted install is taken up again. PYTHON=... chooses the Python, PIP_* variables are pip's own.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 # Threads that wait for each other sleep instead of spinning: where cores are shared, spinning takes them from those at work.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-DEFAULT_FILE = Path(__file__).resolve().parents[1] / "custom_nethack_pomdp.py"
+DEFAULT_FILE = Path(__file__).resolve().parents[2] / "custom_nethack_pomdp.py"
 EXPORT_MARK = (
     "# An exported block. Written by scripts/check_submission.py --export, which may overwrite "
     "this file.\n"
