@@ -1,4 +1,5 @@
-"""scripts/critic_probe.py: it finds what an action tells where it tells something, and nothing where it does not."""
+"""scripts/critic_probe.py: it finds what an action tells where it tells something, and nothing
+where it does not."""
 
 import json
 import os

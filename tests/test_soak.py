@@ -1,4 +1,5 @@
-"""The trials of scripts/soak.sh in short: one place holds the code, the script runs it at full length."""
+"""The trials of scripts/soak.sh in short: one place holds the code, the script runs it at full
+length."""
 
 import re
 import sys
