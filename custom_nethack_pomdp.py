@@ -31,7 +31,7 @@ Beside the batch goes prev_actions [B, 1] int64: the action before the first fra
 """
 
 # ==================================================================================================
-# FIXED: imports and constants
+# Imports and constants
 # ==================================================================================================
 import argparse
 import csv
@@ -59,6 +59,7 @@ import tokenize
 import types
 import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import deepcopy
@@ -69,6 +70,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
     Iterator,
     List,
@@ -180,7 +182,7 @@ class UserError(Exception):
 
 
 # ==================================================================================================
-# FIXED: configuration
+# Configuration: each setting once; the command line over a file over defaults
 # ==================================================================================================
 def setting(
     default: Any,
@@ -582,7 +584,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 
 # ==================================================================================================
-# FIXED: utilities and logging
+# Utilities: seeds, files, the console, logging
 # ==================================================================================================
 def expand(path: str) -> Path:
     """With ~ as the user's home; where there is none it stays as it is (Path.expanduser raises)."""
@@ -739,7 +741,7 @@ def say_metrics(tag: str, metrics: Metrics) -> None:
     say(" ".join([tag, *words]))
 
 
-def progress(**options: Any) -> Any:
+def progress_bar(**options: Any) -> Any:
     """A progress bar on a terminal; of a machine's processes the first alone shows one."""
     return tqdm(disable=True if LOCAL_RANK else None, dynamic_ncols=True, **options)
 
@@ -817,8 +819,8 @@ class RunLogger:
 
 
 # ==================================================================================================
-# FIXED: signals, and several processes, one a GPU, started by torchrun: each learns from its own
-# rows, the first writes
+# Signals, and several processes: one per GPU, started by torchrun. Each learns from its own rows,
+# the first one writes
 # ==================================================================================================
 # Ctrl-C; a scheduler's end, and its warnings before; a terminal that is closed.
 STOP_SIGNALS = (
@@ -883,7 +885,29 @@ def gather(mine: Any) -> List[Any]:
     return everyone
 
 
-def average(tensors: Sequence[Tensor], weight: Tensor) -> None:
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Inside, the processes that torchrun started can talk to each other. Raises UserError where
+    something else started them."""
+    if WORLD == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # torchrun keeps its store over a restart: what was left there before is not ours.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+    except ValueError as error:
+        raise UserError(f"{error}; start several processes with torchrun") from None
+    # a process may wait for another that plays long games
+    dist.init_process_group(backend, None, timedelta(hours=24), WORLD, RANK, store)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_mean(tensors: Sequence[Tensor], weight: Tensor) -> None:
     """Each tensor becomes its mean over the processes, weighted by their counting frames: the
     gradient of a masked mean is then the one over all rows, to rounding. What an algorithm
     normalises, it normalises in each process's rows."""
@@ -896,7 +920,7 @@ def average(tensors: Sequence[Tensor], weight: Tensor) -> None:
 
 
 # ==================================================================================================
-# FIXED: data. Game file -> frames -> 64-frame blocks -> store -> plan -> batch_at(step)
+# Data: game file -> frames -> store of compressed blocks -> sampling order -> batch_at(step)
 # ==================================================================================================
 # --- status lines: what the terminal's last two lines say, in the places of NLE's blstats
 ATTRIBUTES = re.compile(
@@ -1182,91 +1206,7 @@ def ends_undone(path: str, key: str) -> bool:
 QUIT_ACTIONS = KEY_TO_ACTION[[27, 27, int(nethack.Command.QUIT), ord("y")]]
 
 
-# --- the chunk store of a character's games: index.npz and frames.bin in one folder
-STORE_FORMAT = 6
-BLOCK = 64  # frames compressed together: more make the store smaller, and reading slower
-BYTES_A_WORKER = 4_000_000  # of recordings, for which a process of its own is worth its start
-ZSTD_LEVEL = 3  # smaller than level 1 and as fast to write; level 6 takes three times as long
-
-
-@lru_cache(maxsize=BLOCK)
-def block_dtype(n: int) -> np.dtype:
-    """A record of n frames: what the agent sees, and its actions (UNKNOWN_KEY where the key is
-    none)."""
-    shapes = OBSERVATION_SHAPES.items()
-    fields = [(name, dtype, (n, *shape)) for name, (dtype, *shape) in shapes]
-    return np.dtype([*fields, ("actions", np.uint8, (n,))])
-
-
-class EncodedGame(NamedTuple):
-    """A game as it goes into the store, or why it does not."""
-
-    blocks: List[bytes]
-    columns: Dict[str, Any]  # the game's part of index.npz
-    problem: str = ""
-
-
-def encode_game(source: GameSource) -> EncodedGame:
-    import zstandard
-
-    try:
-        frames = read_hdf5(source.path, source.key) if source.key else read_ttyrec(source.path)
-        first = find_first_frame(frames)
-        is_cut = source.was_quit
-        try:
-            end = find_end_of_play(frames)
-        except GameError:
-            is_cut = bool(source.key) and ends_undone(source.path, source.key)
-            if not is_cut:
-                raise
-            end = len(frames.chars) - 1
-        while source.was_quit and np.array_equal(frames.actions[end - 4 : end], QUIT_ACTIONS):
-            end -= 4
-        if first >= end:
-            raise GameError("it holds no frame of play")
-        end += is_cut  # from the frame after a cut the value before it is bootstrapped
-    except UNREADABLE as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
-        return EncodedGame([], {}, problem)
-    frames = Frames(*[array[first:end] for array in frames])
-    n = end - first
-    blstats = read_blstats(frames.chars)
-    planes = dict(
-        tty_chars=frames.chars,
-        tty_colors=frames.colors,
-        tty_cursor=frames.cursor,
-        blstats=blstats,
-        actions=frames.actions,
-    )
-    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-    blocks = []
-    for begin in range(0, n, BLOCK):
-        record = np.empty((), block_dtype(min(BLOCK, n - begin)))
-        for name, plane in planes.items():
-            record[name] = plane[begin : begin + BLOCK]
-        blocks.append(compressor.compress(record.tobytes()))
-    rewards = np.append(np.diff(frames.scores), 0)  # NLE pays nothing for the step that ends a game
-    reward_frames = np.flatnonzero(rewards)
-    checksum = 0  # of what it holds, however it is compressed
-    for plane in (*planes.values(), rewards):
-        checksum = zlib.crc32(plane.data, checksum)
-    columns = dict(
-        names=source.name,
-        frames=n,
-        is_cut=is_cut,
-        identities=f"{source.name}, {n} frames, checksum {checksum:08x}",
-        block_sizes=[len(block) for block in blocks],
-        block_checksums=[zlib.crc32(block) for block in blocks],  # quicker than zstandard's own
-        reward_counts=len(reward_frames),
-        reward_frames=reward_frames,
-        reward_values=rewards[reward_frames],
-        max_depths=blstats[:, nethack.NLE_BL_DEPTH].max(),
-        turns=blstats[:, nethack.NLE_BL_TIME].max(),
-        unknown_keys=np.count_nonzero(frames.actions == UNKNOWN_KEY),
-    )
-    return EncodedGame(blocks, columns)
-
-
+# --- where games lie
 def parse_xlogfile(path: Path) -> List[Dict[str, str]]:
     """Tab-separated key=value pairs, a line a finished game; what is not of that form is left
     out."""
@@ -1358,36 +1298,157 @@ def find_games(root: Path, character: str) -> Tuple[List[GameSource], List[str]]
     return games, problems
 
 
-def look_of(games: List[GameSource]) -> str:
+# --- the store of a character's games: index.npz and frames.bin in one folder
+STORE_FORMAT = 7
+BLOCK = 64  # frames compressed together: more make the store smaller, and reading slower
+BYTES_PER_WORKER = 4_000_000  # of recordings, for which a process of its own is worth its start
+ZSTD_LEVEL = 3  # smaller than level 1 and as fast to write; level 6 takes three times as long
+
+
+@lru_cache(maxsize=BLOCK)
+def block_dtype(n: int) -> np.dtype:
+    """A record of n frames: what the agent sees, and its actions (UNKNOWN_KEY where the key is
+    none)."""
+    shapes = OBSERVATION_SHAPES.items()
+    fields = [(name, dtype, (n, *shape)) for name, (dtype, *shape) in shapes]
+    return np.dtype([*fields, ("actions", np.uint8, (n,))])
+
+
+class EncodedGame(NamedTuple):
+    """A game as it goes into the store, or why it does not."""
+
+    blocks: List[bytes]
+    columns: Dict[str, Any]  # the game's part of index.npz
+    problem: str = ""
+
+
+def trim_game(source: GameSource) -> Tuple[Frames, bool]:
+    """The player's frames of a recording, and whether it was truncated (it broke off before the
+    game was over). A truncated game ends with one more frame, from which the value before it is
+    bootstrapped. Raises what UNREADABLE lists."""
+    frames = read_hdf5(source.path, source.key) if source.key else read_ttyrec(source.path)
+    first = find_first_frame(frames)
+    truncated = source.was_quit
+    try:
+        end = find_end_of_play(frames)
+    except GameError:
+        truncated = bool(source.key) and ends_undone(source.path, source.key)
+        if not truncated:
+            raise
+        end = len(frames.chars) - 1
+    while source.was_quit and np.array_equal(frames.actions[end - 4 : end], QUIT_ACTIONS):
+        end -= 4
+    if first >= end:
+        raise GameError("it holds no frame of play")
+    end += truncated
+    return Frames(*[array[first:end] for array in frames]), truncated
+
+
+def encode_game(source: GameSource) -> EncodedGame:
+    """A recording as it goes into the store."""
+    import zstandard
+
+    try:
+        frames, truncated = trim_game(source)
+    except UNREADABLE as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        return EncodedGame([], {}, problem)
+    n = len(frames.chars)
+    blstats = read_blstats(frames.chars)
+    planes = dict(
+        tty_chars=frames.chars,
+        tty_colors=frames.colors,
+        tty_cursor=frames.cursor,
+        blstats=blstats,
+        actions=frames.actions,
+    )
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+    blocks = []
+    for begin in range(0, n, BLOCK):
+        record = np.empty((), block_dtype(min(BLOCK, n - begin)))
+        for name, plane in planes.items():
+            record[name] = plane[begin : begin + BLOCK]
+        blocks.append(compressor.compress(record.tobytes()))
+    rewards = np.append(np.diff(frames.scores), 0)  # NLE pays nothing for the step that ends a game
+    reward_frames = np.flatnonzero(rewards)
+    checksum = 0  # of what it holds, however it is compressed
+    for plane in (*planes.values(), rewards):
+        checksum = zlib.crc32(plane.data, checksum)
+    columns = dict(
+        names=source.name,
+        frames=n,
+        truncated=truncated,
+        identities=f"{source.name}, {n} frames, checksum {checksum:08x}",
+        block_sizes=[len(block) for block in blocks],
+        block_checksums=[zlib.crc32(block) for block in blocks],  # quicker than zstandard's own
+        reward_counts=len(reward_frames),
+        reward_frames=reward_frames,
+        reward_values=rewards[reward_frames],
+        max_depths=blstats[:, nethack.NLE_BL_DEPTH].max(),
+        turns=blstats[:, nethack.NLE_BL_TIME].max(),
+        unknown_keys=np.count_nonzero(frames.actions == UNKNOWN_KEY),
+    )
+    return EncodedGame(blocks, columns)
+
+
+def fingerprint(games: List[GameSource]) -> str:
     """Changes whenever a game was added, removed or perhaps rewritten, or the format of the store
     changed: then the games are read again."""
     content = repr((STORE_FORMAT, BLOCK, ZSTD_LEVEL, games))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def start_worker(parent: int) -> None:
+    """A worker process leaves signals to its parent, and ends with it however that ends."""
+    keep_freed_memory()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def encode_games(games: List[GameSource]) -> Any:
+    """Yield each EncodedGame, in the games' order, made by a process per core if there is enough
+    to read."""
+    # An HDF5 file holds many games.
+    size = sum({game.path: game.size for game in games}.values())
+    workers = max(1, min(CORES, len(games), size // BYTES_PER_WORKER))
+    if workers == 1:
+        yield from map(encode_game, games)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, start_worker, (os.getpid(),)) as pool:
+        waiting: Deque[Any] = deque()
+        for game in games:
+            waiting.append(pool.submit(encode_game, game))
+            if len(waiting) > 2 * workers:  # few, so that a signal stops all of them soon
+                yield waiting.popleft().result()
+        for one in waiting:
+            yield one.result()
+
+
 def build_store(store: Path, games: List[GameSource], problems: List[str], character: str) -> None:
-    """Writes a store into a temporary folder and renames it to `store`."""
+    """Write a store into a temporary folder and rename it to `store`. Raises Stopped."""
     temporary = store.with_name(f".{store.name}.building")
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed; the lock is ours
     temporary.mkdir(parents=True)
-    # An HDF5 file holds many games.
-    size = sum({game.path: game.size for game in games}.values())
-    workers = max(1, min(CORES, len(games), size // BYTES_A_WORKER))
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, keep_freed_memory)
     parts = []
     skipped = []
-    with pool, open(temporary / "frames.bin", "wb") as file:
-        encoded = pool.map(encode_game, games) if workers > 1 else map(encode_game, games)
-        bar = progress(iterable=encoded, total=len(games), desc=f"store of {character}")
-        for source, game in zip(games, bar):
-            if game.problem:
-                where = f"{source.path}:{source.key}".rstrip(":")
-                skipped.append(f"{where}: {game.problem}")
-                warn(f"skipped {skipped[-1]}")
-            else:
-                file.writelines(game.blocks)
-                parts.append(game.columns)
+    with noting_signals(), open(temporary / "frames.bin", "wb") as file:
+        with closing(encode_games(games)) as encoded:
+            bar = progress_bar(iterable=encoded, total=len(games), desc=f"store of {character}")
+            for source, game in zip(games, bar):
+                if stop_signal:
+                    raise Stopped(stop_signal)
+                if game.problem:
+                    where = f"{source.path}:{source.key}".rstrip(":")
+                    skipped.append(f"{where}: {game.problem}")
+                    warn(f"skipped {skipped[-1]}")
+                else:
+                    file.writelines(game.blocks)
+                    parts.append(game.columns)
         file.flush()
         os.fsync(file.fileno())
     if not parts:
@@ -1398,41 +1459,52 @@ def build_store(store: Path, games: List[GameSource], problems: List[str], chara
     arrays: Any = {}
     for name in parts[0]:
         arrays[name] = np.hstack([part[name] for part in parts])
-    arrays.update(format=STORE_FORMAT, look=look_of(games), character=character)
+    arrays.update(format=STORE_FORMAT, fingerprint=fingerprint(games), character=character)
     arrays.update(skipped=skipped, passed_over=problems)
     np.savez(temporary / "index.npz", **arrays)
+    # Whoever has the old one open reads on: its file lives until it is closed.
     shutil.rmtree(store, ignore_errors=True)
     os.replace(temporary, store)
 
 
-def open_or_build_store(data_path: Optional[str], store_path: str, character: str) -> "ChunkStore":
-    """A store of the character's games: the given one, the one built before if they did not change,
-    or a new one."""
+def open_current_store(folder: Path, games: List[GameSource], character: str) -> Any:
+    """The store in this folder, or None where it was not made of exactly these games."""
+    with suppress(UserError):
+        store = GameStore(folder, character)
+        if str(store.index["fingerprint"]) == fingerprint(games):
+            return store
+    return None
+
+
+def open_or_build_store(data_path: Optional[str], store_path: str, character: str) -> "GameStore":
+    """A store of the character's games: the given one, the one built before if the games did not
+    change, or a new one. Only building takes a lock and writes."""
     katakomba = os.environ.get("KATAKOMBA_DATA_DIR", "~/.katakomba/datasets")
     data = expand(data_path or katakomba)
     for folder in (data, data / character):
         if (folder / "frames.bin").exists():
-            return ChunkStore(folder, character)
+            return GameStore(folder, character)
     digest = hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:12]
     folder = expand(store_path) / digest / character
     try:
         games, problems = find_games(data, character)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(f".{character}.lock"), "a") as lock:
-            lock_file(lock, fcntl.LOCK_EX)
-            with suppress(UserError):
-                store = ChunkStore(folder, character)
-                if str(store.index["look"]) == look_of(games):
-                    return store
-            build_store(folder, games, problems, character)
+        store = open_current_store(folder, games, character)
+        if store is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with open(folder.with_name(f".{character}.lock"), "a") as lock:
+                lock_file(lock, fcntl.LOCK_EX)
+                store = open_current_store(folder, games, character)  # another may have built it
+                if store is None:
+                    build_store(folder, games, problems, character)
+                    store = GameStore(folder, character)
     except (OSError, RuntimeError) as error:  # of h5py and of a process that crashed too
         raise UserError(
-            f"cannot read {data} or write its chunk store (--store_path {store_path}): {error}"
+            f"cannot read {data} or write its store (--store_path {store_path}): {error}"
         ) from None
-    return ChunkStore(folder, character)
+    return store
 
 
-class ChunkStore:
+class GameStore:
     """A store opened for reading, safe from several threads. Raises UserError for a damaged store
     or another's."""
 
@@ -1446,7 +1518,7 @@ class ChunkStore:
                 raise ValueError("another version of this script built it")
             self.names = self.index["names"]
             self.frames = self.index["frames"]
-            self.is_cut = self.index["is_cut"]  # then its last frame is the one after the cut
+            self.truncated = self.index["truncated"]  # then its last frame is the one after the cut
             num_blocks = -(-self.frames // BLOCK)
             self.first_blocks = np.cumsum(np.append(0, num_blocks))
             self.block_offsets = np.cumsum(np.append(0, self.index["block_sizes"]))
@@ -1503,7 +1575,7 @@ class ChunkStore:
             raise self._unusable(f"block {block} is damaged ({error})") from None
 
 
-# --- from the store to batches
+# --- from stores to batches
 def choose_heldout(names: Sequence[str], share: float) -> np.ndarray:
     """bool [G]: which of a character's games are held out, by hash of their name; at least one of
     two or more."""
@@ -1520,11 +1592,11 @@ class Games:
     """The games of one or several stores under one numbering, each up to its first `game_frames`
     frames (0: all)."""
 
-    def __init__(self, stores: Sequence[ChunkStore], game_frames: int = 0) -> None:
+    def __init__(self, stores: Sequence[GameStore], game_frames: int = 0) -> None:
         self.stores = list(stores)
         # each game's store, and its number there
         self.in_store = [(store, n) for store in self.stores for n in range(len(store.frames))]
-        frames = np.concatenate([store.frames - store.is_cut for store in self.stores])
+        frames = np.concatenate([store.frames - store.truncated for store in self.stores])
         self.frames = frames.clip(0, game_frames or None)
 
     def heldout(self, share: float) -> np.ndarray:
@@ -1552,7 +1624,7 @@ class Games:
         return max(math.sqrt(mean), 0.01)  # 0.01: the benchmark's floor
 
 
-class ChunkPlan:
+class ChunkSampler:
     """Which chunk each row plays at each step: pure arithmetic, so a batch depends on its number
     alone.
 
@@ -1618,15 +1690,16 @@ class ChunkLoader:
         }
         self.pin_memory = torch.cuda.is_available() and config.device != "cpu"
         seed = config.train_seed if shuffle else None
-        self.plan = ChunkPlan(games.frames[self.chosen], rows, self.config.seq_len, seed)
+        frames = games.frames[self.chosen]
+        self.sampler = ChunkSampler(frames, rows, self.config.seq_len, seed)
         self.rows = slice(rows * RANK // WORLD, rows * (RANK + 1) // WORLD)
         self.batch_size = self.rows.stop - self.rows.start
         # What all rows read at a step is kept for the next one.
         blocks_a_step = self.batch_size * (2 + self.config.seq_len // BLOCK)
-        self.block = lru_cache(maxsize=blocks_a_step)(ChunkStore.block)
+        self.block = lru_cache(maxsize=blocks_a_step)(GameStore.block)
         self.rewards_of = lru_cache(maxsize=2 * self.batch_size)(self._rewards)
 
-    def _rewards(self, store: ChunkStore, number: int) -> np.ndarray:
+    def _rewards(self, store: GameStore, number: int) -> np.ndarray:
         """[n] float32: scaled and clipped, at every frame of the whole game."""
         reward_frames, values = store.rewards(number)
         scaled = values / self.reward_scale
@@ -1652,14 +1725,14 @@ class ChunkLoader:
                 batch[name][row, here] = block[name][inside : inside + count]
             position += count
         filled = slice(0, stop - first)
-        batch["dones"][row, stop - first - 1] = stop == length and not store.is_cut[number]
+        batch["dones"][row, stop - first - 1] = stop == length and not store.truncated[number]
         batch["rewards"][row, filled] = self.rewards_of(store, number)[first:stop]
         # Frames beyond a cut do not count, but the values before it are bootstrapped from them.
         batch["mask"][row, : min(stop, self.games.frames[game]) - first] = True
 
     def batch_at(self, step: int) -> Tuple[Batch, Tensor]:
         """Batch and prev_actions of step 0, 1, ... on the CPU, as in the module's docstring."""
-        games, first_frames, starts = self.plan.locate(step)
+        games, first_frames, starts = self.sampler.locate(step)
         games = games[self.rows]
         first_frames = first_frames[self.rows]
         starts = starts[self.rows]
@@ -1682,9 +1755,55 @@ class ChunkLoader:
         return batch, torch.from_numpy(prev_actions[:, None])
 
 
-def read_ahead(batch_at: Callable[[int], Any], step: int) -> Iterator[Any]:
-    """Batches step, step + 1, ... without end, read by a thread of their own while the one before
-    is learned from."""
+def data_paths(data_path: Optional[str]) -> Sequence[Optional[str]]:
+    """One path, or several, comma-separated; one that exists is never taken apart."""
+    if data_path is None or os.path.exists(expand(data_path)):
+        return [data_path]
+    paths = [path.strip() for path in data_path.split(",")]
+    return list(filter(None, paths)) or [data_path]
+
+
+def open_stores(config: TrainConfig) -> List[GameStore]:
+    """Each character's, at each data path. The first process of a machine builds what is missing,
+    while the others wait; its mistake is one line and ends all."""
+    stores: List[GameStore] = []
+    problem = ""
+    for is_first in (True, False):
+        if is_first == (LOCAL_RANK == 0):
+            try:
+                for name in config.characters:
+                    for path in data_paths(config.data_path):
+                        stores.append(open_or_build_store(path, config.store_path, name))
+            except UserError as error:
+                problem = str(error)
+        for text in filter(None, gather(problem)):
+            if RANK > 0:
+                sys.exit(2)  # the first process says why
+            raise UserError(text)
+    return stores
+
+
+def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
+    """Loaders of the games to learn from, and of those held out, if any."""
+    stores = open_stores(config)
+    for store in stores:
+        say(str(store))
+    games = Games(stores, config.game_frames)
+    is_heldout = games.heldout(config.heldout_share)
+    chosen = np.flatnonzero(~is_heldout)
+    heldout = np.flatnonzero(is_heldout)
+    scale = games.reward_scale(chosen, config.gamma)
+    rows = config.batch_size * WORLD
+    loader = ChunkLoader(games, chosen, config, rows, scale)
+    if not len(heldout):
+        return loader, None
+    rows = min(rows, max(32, WORLD))
+    return loader, ChunkLoader(games, heldout, config, rows, scale, shuffle=False)
+
+
+def read_ahead(batch_at: Callable[[int], Any], step: int) -> Any:
+    """Yield batches step, step + 1, ... without end, read by a thread of their own while the one
+    before is learned from."""
     with ThreadPoolExecutor(1) as reader:
         waiting = [reader.submit(batch_at, step), reader.submit(batch_at, step + 1)]
         while True:
@@ -1695,7 +1814,7 @@ def read_ahead(batch_at: Callable[[int], Any], step: int) -> Iterator[Any]:
 
 
 # ==================================================================================================
-# FIXED: backbone
+# Backbone: encoders of a frame, and the LSTM
 # ==================================================================================================
 NUM_LOADS = 6  # NetHack's words for hunger and load, no word included
 NUM_HUNGERS = 7
@@ -1753,22 +1872,6 @@ def blstats_features(blstats: Tensor) -> Tensor:
     return torch.cat([torch.where(hidden, 0.0, features), hidden.float()], dim=1)
 
 
-def look_up(cells: Tensor, table: Tensor, copies: int = 1) -> Tensor:
-    """[n, H, W] int, [codes, C] -> [n, C, H, W]: F.embedding; with `copies` above 1 its gradient is
-    quick on a GPU.
-
-    F.embedding's own sorts all cells and adds up those that are alike (most are blank) one after
-    another: four fifths of an update. index_select's adds atomically; neighbours that are alike
-    take different copies, so as not to wait.
-    """
-    if copies == 1:
-        return F.embedding(cells, table).movedim(3, 1)
-    copy = torch.arange(cells[0].numel(), device=cells.device) % copies
-    codes = cells.flatten(1) + copy * len(table)
-    embedded = table.repeat(copies, 1).index_select(0, codes.flatten())
-    return embedded.view(*cells.shape, -1).movedim(3, 1)
-
-
 class ScreenEncoder(nn.Module):
     """Characters and colours of the whole terminal, of a crop centred on the cursor, and of the
     message line.
@@ -1778,6 +1881,7 @@ class ScreenEncoder(nn.Module):
 
     CROP = 15  # side of the crop, in cells
     CHAR_DIM = 16  # size of a cell's embedding
+    TABLE_COPIES = 64  # in the gradient on a GPU
 
     def __init__(self) -> None:
         super().__init__()
@@ -1812,6 +1916,23 @@ class ScreenEncoder(nn.Module):
         )
         self.output_dim = 256 + 256 + 128
 
+    def embed(self, cells: Tensor, table: Tensor) -> Tensor:
+        """[n, H, W] int, [codes, C] -> [n, C, H, W]: F.embedding, but its gradient is quick on a
+        GPU.
+
+        F.embedding's own sorts all cells and adds up those that are alike (most are blank) one
+        after another: four fifths of an update. index_select's adds atomically; neighbors that are
+        alike take different ones of 64 copies of the table, so as not to wait. The copies are
+        32 MB, which fit into a GPU's cache.
+        """
+        if not (table.is_cuda and torch.is_grad_enabled()):
+            return F.embedding(cells, table).movedim(3, 1)
+        copy = torch.arange(cells[0].numel(), device=cells.device) % self.TABLE_COPIES
+        codes = cells.flatten(1) + copy * len(table)
+        tables = table.repeat(self.TABLE_COPIES, 1)
+        embedded = tables.index_select(0, codes.flatten())
+        return embedded.view(*cells.shape, -1).movedim(3, 1)
+
     def crop_cells(self, cells: Tensor, cursor: Tensor) -> Tensor:
         """[n, 24, 80] cell codes, [n, 2] -> [n, CROP, CROP]; code 0 outside of the terminal."""
         half = self.CROP // 2
@@ -1829,13 +1950,11 @@ class ScreenEncoder(nn.Module):
         pairs = self.char_embedding.weight[:, None] + self.color_embedding.weight[None]
         table = pairs.flatten(0, 1)  # [256 * 32, C]
         cells = chars.int() * 32 + (colors.int() & 31)  # [n, 24, 80]
-        # On a GPU 64 copies, 32 MB: they fit into its cache.
-        copies = 64 if table.is_cuda and torch.is_grad_enabled() else 1
         parts = [
-            self.screen(look_up(cells, table, copies)),
-            self.crop(look_up(self.crop_cells(cells, cursor), table, copies)),
+            self.screen(self.embed(cells, table)),
+            self.crop(self.embed(self.crop_cells(cells, cursor), table)),
             # Not a line of the screen's: the gradient of that is a zeroed copy of the whole screen.
-            self.message(look_up(cells[:, :1], table, copies).squeeze(2)),
+            self.message(self.embed(cells[:, :1], table).squeeze(2)),
         ]
         return torch.cat(parts, dim=1)
 
@@ -1963,10 +2082,12 @@ class ModelBackbone(nn.Module):
 # runs it inside its own file: it names nothing from outside but torch, nn, F, np and Categorical.
 import re
 from dataclasses import dataclass, field, fields, replace  # noqa: F811
+from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from nle.nethack import ACTIONS
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 States = Dict[str, Any]  # what a chunk hands on to the next one of its rows
 
@@ -2013,7 +2134,10 @@ class AWRConfig:
         1.0, (1e-9, 1e9), "softmax temperature of the actions sampled when acting"
     )
     average_decay: float = hyperparameter(
-        0.999, (0, 1), "decay of the weights' average, which acts (arXiv 2310.11428); 0: none"
+        0.999,
+        (0, 1),
+        "decay of the weights' exponential moving average (EMA), which acts (arXiv 2310.11428); "
+        "0: none",
     )
 
 
@@ -2121,7 +2245,14 @@ def games_begun(seen: List[Shown], tty_chars: Any) -> Tuple[List[bool], List[Sho
     return begun, now
 
 
-def named_keys(tty_chars: Tensor, keys: Tensor) -> Tensor:
+def moving_average(max_decay: float, average: Tensor, weight: Tensor, num_averaged: Any) -> Tensor:
+    """The next value of an EMA whose decay rises to `max_decay`: 1/10, 2/11, ..."""
+    n = int(num_averaged)
+    decay = min(max_decay, n / (n + 9))
+    return average.lerp(weight, 1.0 - decay)
+
+
+def prompt_options(tty_chars: Tensor, keys: Tensor) -> Tensor:
     """Screens [..., 24, 80] -> [..., A] float32: 1 for the actions whose keys [A] the question on
     the top line names. "What do you want to eat? [d-gk or ?*]" names d, e, f, g and k."""
     # line        e a t ?   [ d - g k   o r   ? * ]     the top line
@@ -2173,22 +2304,16 @@ class Model(nn.Module):
         # Running mean of the squared advantage; 0: none seen yet. A buffer is saved like a weight
         # and is no parameter.
         self.register_buffer("advantage_square", torch.zeros(()))
-        self.averages: List[Tensor] = []  # of the parameters, as OfflineAlgorithm makes them
-        self.averaged = torch.zeros((), dtype=torch.long)  # updates in them
+        # The EMA of the weights, as OfflineAlgorithm makes it. In a list it is not a submodule, so
+        # its weights are not this model's parameters.
+        self.ema: List[AveragedModel] = []
 
-    @torch.no_grad()
-    def train(self, mode: bool = True) -> "Model":
-        """Between eval() and train() weights and average, if there is one yet, are exchanged."""
-        if mode != self.training and self.averaged > 0:
-            for weight, average in zip(self.parameters(), self.averages):
-                latest = weight.clone()
-                weight.copy_(average)
-                average.copy_(latest)
-        return super().train(mode)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.averaged.zero_()  # the average starts anew, at what is loaded
-        return super().load_state_dict(*args, **kwargs)
+    def acting_model(self) -> Any:
+        """The EMA in evaluation, once it has seen an update; else this model itself."""
+        learning = self.training or torch.is_grad_enabled()
+        if learning or not self.ema or self.ema[0].n_averaged == 0:
+            return self
+        return self.ema[0].module
 
     def head(self, core_output: Tensor, tty_chars: Tensor) -> Tuple[Tensor, Tensor]:
         """[B, T, H], [B, T, 24, 80] -> logits [B, T, A], values [B, T], in float32: half precision
@@ -2202,7 +2327,7 @@ class Model(nn.Module):
         """
         with torch.autocast(core_output.device.type, enabled=False):
             shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
-            logits = self.policy(shared) + self.named(shared) * named_keys(tty_chars, self.keys)
+            logits = self.policy(shared) + self.named(shared) * prompt_options(tty_chars, self.keys)
             return logits, self.value(shared).squeeze(-1)
 
     @torch.no_grad()
@@ -2226,8 +2351,9 @@ class Model(nn.Module):
         for name in self.observations:
             inputs[name] = torch.as_tensor(obs[name], device=device)[:, None]
         inputs["prev_actions"] = previous.masked_fill(rows, self.no_action)[:, None]
-        core_output, rnn_state = self.backbone(inputs, clear(state.rnn_state, rows))
-        logits, _ = self.head(core_output, inputs["tty_chars"])
+        model = self.acting_model()
+        core_output, rnn_state = model.backbone(inputs, clear(state.rnn_state, rows))
+        logits, _ = model.head(core_output, inputs["tty_chars"])
         actions = Categorical(logits=logits[:, -1] / self.hyper.temperature).sample()
         return actions.cpu().numpy(), ActingState(rnn_state, seen)
 
@@ -2236,8 +2362,8 @@ class OfflineAlgorithm:
     """Recurrent advantage-weighted regression.
 
     The value stream learns lambda-returns; the policy stream regresses onto the data's actions,
-    weighted by exp(advantage). The recurrent state is carried from chunk to chunk: it is kept as it
-    was `burn_in` steps before the chunk's end ("core"), with the frames since ("tail"). These are
+    weighted by exp(advantage). The recurrent state is carried from chunk to chunk: it is stored as
+    it was `burn_in` steps before the chunk's end, with the frames since. These burn-in frames are
     re-run without gradient before the next chunk, so that its first state comes from the current
     weights. Another head is a subclass of Model, named as `model_class`.
     """
@@ -2248,25 +2374,20 @@ class OfflineAlgorithm:
         self.hyper = awr_config(getattr(config, "algorithm", {}))
         self.gamma = config.gamma
         self.model = self.model_class(backbone, self.hyper).to(device)
-        self.average = nn.Module()  # saved beside the model, as a target network would be
-        self.average.register_buffer("updates", self.model.averaged)
+        self.ema: Optional[AveragedModel] = None
         if self.hyper.average_decay > 0:
-            self.model.averages = [weight.detach().clone() for weight in self.model.parameters()]
-        for number, average in enumerate(self.model.averages):
-            self.average.register_buffer(f"weight_{number}", average)
+            average = partial(moving_average, self.hyper.average_decay)
+            self.ema = AveragedModel(self.model, avg_fn=average).eval()
+            self.model.ema = [self.ema]
 
     def parameters(self) -> List[nn.Parameter]:
         return list(self.model.parameters())
 
-    @torch.no_grad()
     def after_gradient_step(self) -> None:
-        """The average follows the weights, with a decay that rises to `average_decay`: 0, 1/10,
-        2/11, ... There is no target network: values of the data's own policy need none."""
-        if self.model.averages and self.model.training:
-            n = int(self.model.averaged)
-            decay = min(self.hyper.average_decay, n / (n + 9))
-            torch._foreach_lerp_(self.model.averages, tuple(self.parameters()), 1.0 - decay)
-            self.model.averaged += 1
+        """Update the EMA. No target network is needed because the value function evaluates the
+        behavior policy."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
 
     def train_step(
         self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: States
@@ -2300,8 +2421,9 @@ class OfflineAlgorithm:
         inputs["prev_actions"] = previous.masked_fill(begins, self.model.no_action)
 
         store_at = T - min(self.hyper.burn_in, T)
-        core_output, core = self._unroll(inputs, begins, self._burn_in(rnn_states), store_at)
-        logits, values = self.model.head(core_output, inputs["tty_chars"])
+        state = self._burn_in(rnn_states)
+        core_output, stored_state = self._unroll(inputs, begins, state, store_at)
+        logits, values = self.model.acting_model().head(core_output, inputs["tty_chars"])
         check_shape("the head's logits", logits, (B, frames, self.model.backbone.num_actions))
         check_shape("the head's values", values, (B, frames))
         loss, info = self._loss(
@@ -2314,23 +2436,24 @@ class OfflineAlgorithm:
         )
 
         new_states: States = {"ended": ended[:, T - 1]}
-        if core is not None:
-            new_states["core"] = tuple(part.detach() for part in core)
+        if stored_state is not None:
+            new_states["stored_state"] = tuple(part.detach() for part in stored_state)
         if store_at < T:  # copies, since a slice would keep the whole batch alive
-            tail = {name: value[:, store_at:T].clone() for name, value in inputs.items()}
-            new_states["tail"] = {**tail, "begins": begins[:, store_at:T].clone()}
+            frames_since = {name: value[:, store_at:T].clone() for name, value in inputs.items()}
+            frames_since["begins"] = begins[:, store_at:T].clone()
+            new_states["burn_in_frames"] = frames_since
         return loss, new_states, info
 
     @torch.no_grad()
     def _burn_in(self, rnn_states: States) -> Any:
         """The state after the chunk before: the stored one, brought up to date over the frames
         since."""
-        core = rnn_states.get("core")
-        if "tail" not in rnn_states:
-            return core
-        inputs = dict(rnn_states["tail"])
+        state = rnn_states.get("stored_state")
+        if "burn_in_frames" not in rnn_states:
+            return state
+        inputs = dict(rnn_states["burn_in_frames"])
         begins = inputs.pop("begins")
-        _, state = self._unroll(inputs, begins, core, begins.shape[1])
+        _, state = self._unroll(inputs, begins, state, begins.shape[1])
         # Until 2.10 torch's autocast kept the weights that it had cast here without gradient for
         # the pass with it.
         torch.clear_autocast_cache()
@@ -2354,7 +2477,7 @@ class OfflineAlgorithm:
             if start == store_at:
                 stored = state
             piece = {name: value[:, start:end].contiguous() for name, value in inputs.items()}
-            output, state = self.model.backbone(piece, state)
+            output, state = self.model.acting_model().backbone(piece, state)
             outputs.append(output)
         if store_at == frames:
             stored = state
@@ -2434,7 +2557,7 @@ class OfflineAlgorithm:
 
 
 # ==================================================================================================
-# FIXED: scoring held-out games
+# Evaluation on held-out games
 # ==================================================================================================
 def call_train_step(
     algorithm: Any, batch: Batch, prev_actions: Any, rnn_states: Any, precision: Any
@@ -2461,8 +2584,12 @@ def evaluate_heldout(
     rnn_states: Any = {}
     sums: Metrics = {}
     algorithm.model.eval()
-    steps = min(loader.plan.steps, -(-max_frames // (loader.plan.rows * loader.config.seq_len)))
-    for step in progress(iterable=range(steps), desc="held-out games", unit="batch", leave=False):
+    steps = min(
+        loader.sampler.steps, -(-max_frames // (loader.sampler.rows * loader.config.seq_len))
+    )
+    for step in progress_bar(
+        iterable=range(steps), desc="held-out games", unit="batch", leave=False
+    ):
         stop_if_asked()
         batch, prev_actions = to_device(loader.batch_at(step), device)
         mask = batch["mask"][:, :-1]
@@ -2482,7 +2609,7 @@ def evaluate_heldout(
 
 
 # ==================================================================================================
-# FIXED: the game and its evaluation
+# Evaluation in the game
 # ==================================================================================================
 # nle.dataset shows line-drawing bytes as plain characters, the live terminal does not. They appear
 # only where the player typed such a byte himself; with this table live screens equal recorded ones
@@ -2654,7 +2781,7 @@ def vec_evaluate(
     rnn_states = None
     tick = 0
     actor.eval()
-    bar = progress(total=num_episodes, desc=f"playing {character}", leave=False)
+    bar = progress_bar(total=num_episodes, desc=f"playing {character}", leave=False)
     with ExitStack() as stack:
         stack.callback(bar.close)
         for slot in range(min(slots, num_episodes))[RANK::WORLD]:
@@ -2782,7 +2909,7 @@ def evaluate_games(
 
 
 # ==================================================================================================
-# FIXED: the run's folder and checkpoints
+# A run's folder and its files
 # ==================================================================================================
 CHECKPOINT_FORMAT = 2  # of all that playing needs
 RUN_FORMAT = 3  # of what going on needs beside it
@@ -2819,11 +2946,23 @@ def open_folder(first: Path, resume: Any) -> Tuple[Path, int]:
         ) from None
 
 
-def remove_unused(folder: Path) -> None:
-    """A start that failed leaves no folder: it holds what every start writes, and no row."""
-    names = {path.name for path in folder.iterdir() if path.stat().st_size}
-    if names <= {"config.yaml", "config.json", "wandb"}:
-        shutil.rmtree(folder)
+@contextmanager
+def run_folder(first: Path, resume: Any = False) -> Iterator[Path]:
+    """The folder that `open_folder` finds, locked; the same one in all processes. A start that
+    failed leaves no folder behind."""
+    lock: Optional[int] = None
+    folder = first
+    if RANK == 0:
+        folder, lock = open_folder(first, resume)
+    folder = gather(folder)[0]
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            written = {path.name for path in folder.iterdir() if path.stat().st_size}
+            if written <= {"config.yaml", "config.json", "wandb"}:
+                shutil.rmtree(folder)
+            os.close(lock)
 
 
 def read_checkpoint(path: Path) -> Dict[str, Any]:
@@ -2858,6 +2997,18 @@ def cut_metrics(path: Path, step: int, evaluated: int) -> None:
     write_atomically(path, "".join(kept).encode())
 
 
+def start_logging(config: TrainConfig, folder: Path, progress: "Progress") -> RunLogger:
+    """From here on files are changed."""
+    if RANK == 0:
+        write_atomically(folder / "config.yaml", pyrallis.dump(config).encode())
+        write_atomically(folder / "config.json", describe_run(config))
+        cut_metrics(folder / "metrics.jsonl", progress.step, progress.evaluated)
+    logger = RunLogger(config, folder, progress.wandb_id)
+    if logger.run is not None:
+        progress.wandb_id = logger.run.id
+    return logger
+
+
 def describe_run(config: TrainConfig) -> bytes:
     """config.json: what is needed to know how a result came about."""
     script = Path(__file__).resolve()
@@ -2887,7 +3038,7 @@ def describe_run(config: TrainConfig) -> bytes:
 
 
 # ==================================================================================================
-# FIXED: the run
+# The run: set up, loop, score
 # ==================================================================================================
 def choose_device(config: TrainConfig) -> torch.device:
     """Each of several processes on a machine takes a GPU of its own."""
@@ -3010,7 +3161,7 @@ def make_algorithm(config: TrainConfig, device: torch.device) -> Any:
     return algorithm
 
 
-def begin_algorithm(config: TrainConfig, device: torch.device) -> Any:
+def start_algorithm(config: TrainConfig, device: torch.device) -> Any:
     """A run's, with the weights of `init_from`, if any; layers that it has not keep their own, and
     are named. Raises UserError where sizes differ."""
     algorithm = make_algorithm(config, device)
@@ -3046,354 +3197,334 @@ def heldout_loss(metrics: Metrics) -> float:
     return math.inf if loss is None else loss
 
 
-def data_paths(data_path: Optional[str]) -> Sequence[Optional[str]]:
-    """One path, or several by commas; one that exists is never taken apart."""
-    if data_path is None or os.path.exists(expand(data_path)):
-        return [data_path]
-    paths = [path.strip() for path in data_path.split(",")]
-    return list(filter(None, paths)) or [data_path]
+TIMES = ("times/batch_loading_cpu", "times/forward_pass", "times/backward_pass")  # seconds
 
 
-def open_stores(config: TrainConfig) -> List[ChunkStore]:
-    """Each character's, at each data path. The first process of a machine builds what is missing,
-    while the others wait; its mistake is one line and ends all."""
-    stores: List[ChunkStore] = []
-    problem = ""
-    for is_first in (True, False):
-        if is_first == (LOCAL_RANK == 0):
-            try:
-                for name in config.characters:
-                    for path in data_paths(config.data_path):
-                        stores.append(open_or_build_store(path, config.store_path, name))
-            except UserError as error:
-                problem = str(error)
-        for text in filter(None, gather(problem)):
-            if RANK > 0:
-                sys.exit(2)  # the first process says why
-            raise UserError(text)
-    return stores
+@dataclass
+class Progress:
+    """How far a run has come: kept in last.pt."""
+
+    step: int = 0  # updates made
+    skipped: int = 0  # updates among them whose gradient was not finite
+    evaluated: int = 0  # step of the last evaluation
+    best: float = math.inf  # lowest held-out loss
+    wandb_id: Optional[str] = None
 
 
-def playing_weights(model: nn.Module) -> Dict[str, Any]:
-    """A copy of the state that the model has in evaluation, where it may act with other weights
-    than it learns, such as their average."""
-    training = model.training
-    state = deepcopy(model.eval().state_dict())
-    model.train(training)
-    return state
+@dataclass
+class Run:
+    """What a training run consists of. `train` sets it up and shows the loop."""
+
+    config: TrainConfig
+    device: torch.device
+    precision: Optional[torch.dtype]
+    algorithm: Any
+    optimizer: torch.optim.Optimizer
+    loader: ChunkLoader
+    heldout: Optional[ChunkLoader]  # None without held-out games
+    folder: Path = Path()
+    progress: Progress = field(default_factory=Progress)
+    rnn_states: Any = field(default_factory=dict)
+    seconds: np.ndarray = field(default_factory=lambda: np.zeros(len(TIMES)))  # since the last row
+    logged: int = 0  # step of the last row
+
+    @property
+    def position(self) -> Metrics:
+        return position_at(self.config, self.progress.step)
 
 
-def load_data(config: TrainConfig) -> Tuple[ChunkLoader, Optional[ChunkLoader]]:
-    """Loaders of the games to learn from, and of those held out, if any."""
-    stores = open_stores(config)
-    for store in stores:
-        say(str(store))
-    games = Games(stores, config.game_frames)
-    is_heldout = games.heldout(config.heldout_share)
-    chosen = np.flatnonzero(~is_heldout)
-    heldout = np.flatnonzero(is_heldout)
-    scale = games.reward_scale(chosen, config.gamma)
-    rows = config.batch_size * WORLD
-    loader = ChunkLoader(games, chosen, config, rows, scale)
-    if not len(heldout):
-        return loader, None
-    rows = min(rows, max(32, WORLD))
-    return loader, ChunkLoader(games, heldout, config, rows, scale, shuffle=False)
+def position_at(config: TrainConfig, step: int) -> Metrics:
+    return {"step": step, "transitions": step * config.batch_size * config.seq_len * WORLD}
 
 
-def refuse_games(before: set, now: set) -> None:
-    """Raises the UserError that says which games came or went."""
-    raise UserError(
-        f"cannot resume: the data lost {sorted(before - now)} and gained {sorted(now - before)}"
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices only."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = matrices[0].is_cuda
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+
+
+def make_run(config: TrainConfig) -> Run:
+    """All of a new run but its folder. Reads the data, and builds its stores where needed."""
+    device = choose_device(config)
+    set_seed(config.train_seed)
+    algorithm = start_algorithm(config, device)
+    loader, heldout = load_data(config)
+    return Run(
+        config=config,
+        device=device,
+        precision=choose_precision(config, device),
+        algorithm=algorithm,
+        optimizer=make_optimizer(algorithm.model, config),
+        loader=loader,
+        heldout=heldout,
     )
 
 
-TIMES = ("times/batch_loading_cpu", "times/forward_pass", "times/backward_pass")  # seconds
-PROGRESS = ("step", "skipped", "evaluated", "best", "wandb_id")  # a Trainer's, kept in last.pt
+# --- checkpoints
+def save_weights(path: Path, algorithm: Any, config: TrainConfig, step: int) -> None:
+    """best.pt, <step>.pt: what is needed to play."""
+    content = playing_state(algorithm, config, step)
+    write_atomically(path, to_bytes(partial(torch.save, content)))
 
 
-class Trainer:
-    """A run: its data, its agent, its folder and how far it has come."""
+def playing_state(algorithm: Any, config: TrainConfig, step: int) -> Dict[str, Any]:
+    """`model` holds the weights that play: the EMA where the algorithm keeps one (an AveragedModel
+    as `ema`), else the model's own."""
+    ema = getattr(algorithm, "ema", None)
+    model = ema.module if ema is not None and ema.n_averaged > 0 else algorithm.model
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "step": step,
+        "config": json.dumps(asdict(config)),
+        "model": model.state_dict(),
+    }
 
-    def __init__(self, algorithm: Any, config: TrainConfig, step: int = 0) -> None:
-        """`algorithm`: None makes a new one; one that is only evaluated needs no data."""
-        self.config = config
-        self.device = choose_device(config)
-        self.precision = choose_precision(config, self.device)
-        if WORLD > 1:  # a process may wait for another that plays long games
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            # torchrun keeps its store over a restart: what was left there before is not ours.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            try:
-                store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-            except ValueError as error:
-                raise UserError(f"{error}; start several processes with torchrun") from None
-            dist.init_process_group(backend, None, timedelta(hours=24), WORLD, RANK, store)
-        set_seed(config.train_seed)
-        self.algorithm = algorithm or begin_algorithm(config, self.device)
-        self.model = self.algorithm.model
-        # the model, and what else there is, such as target networks
-        parts = vars(self.algorithm).items()
-        self.modules = {name: part for name, part in parts if isinstance(part, nn.Module)}
-        self.loader: Any = None
-        self.heldout: Optional[ChunkLoader] = None
-        self.identities: List[str] = []  # of the games
-        if config.data_path or algorithm is None:
-            self.loader, self.heldout = load_data(config)
-            for store in self.loader.games.stores:
-                self.identities += store.index["identities"].tolist()
-        matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
-        others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
-        self.step = step  # updates made
-        self.transitions_per_update = config.batch_size * config.seq_len * WORLD
-        self.rnn_states: Any = {}
-        self.skipped = 0  # updates
-        self.evaluated = self.logged = 0  # step of the last evaluation, of the last row
-        self.best = math.inf  # lowest held-out loss
-        self.seconds = np.zeros(len(TIMES))  # spent since the last row
-        self.folder = Path()
-        self.lock: Optional[int] = None  # on the folder
-        self.logger: Any = None
-        self.wandb_id: Optional[str] = None
 
-    def playing_state(self) -> Dict[str, Any]:
-        """What is needed to play: all that best.pt and <step>.pt hold."""
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "step": self.step,
-            "config": json.dumps(asdict(self.config)),
-            "model": playing_weights(self.model),
-        }
+def fixed_settings(run: Run) -> Dict[str, Any]:
+    """What must be equal in a run and its continuation."""
+    settings: Dict[str, Any] = asdict(run.config)
+    for name in settings_where(may_change=True):
+        del settings[name]
+    # where the file lies does not matter
+    settings["submission"] = run.config.submission and "another file"
+    games = []
+    for store in run.loader.games.stores:
+        games += store.index["identities"].tolist()
+    return {**settings, "processes": WORLD, "games": games}
 
-    def run_settings(self) -> Dict[str, Any]:
-        """What must be alike in a run and its continuation, apart from the settings that may
-        change."""
-        settings: Dict[str, Any] = asdict(self.config)
-        for name in settings_where(may_change=True):
-            del settings[name]
-        # where the file lies does not matter
-        settings["submission"] = self.config.submission and "another file"
-        return {**settings, "processes": WORLD, "games": self.identities}
 
-    def state_dict(self) -> Dict[str, Any]:
-        """What is needed to go on, and to play: all that last.pt holds. Gathers the processes'
-        recurrent states, so all of them must call it."""
-        return {
-            **self.playing_state(),
-            "run_format": RUN_FORMAT,
-            "algorithm": {name: part.state_dict() for name, part in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "rnn_states": gather(to_device(self.rnn_states, torch.device("cpu"))),
-            "progress": {name: getattr(self, name) for name in PROGRESS},
-            "run": json.dumps(self.run_settings()),
-            "submission_sha256": hash_of_submission(self.config),
-        }
+def modules_of(algorithm: Any) -> Dict[str, nn.Module]:
+    """The model, and what else the algorithm has, such as an EMA or target networks."""
+    return {name: part for name, part in vars(algorithm).items() if isinstance(part, nn.Module)}
 
-    def load_state_dict(self, content: Dict[str, Any]) -> None:
-        """Goes on where it was saved, to the bit. Raises UserError for another run's."""
-        if content.get("run_format") != RUN_FORMAT:
-            raise UserError("cannot resume: another version of this script made the run")
-        saved = json.loads(content["run"])
-        for name, value in self.run_settings().items():
-            was = saved.get(name)
-            if was != value:
-                if name == "games":
-                    refuse_games(set(was), set(value))
-                raise UserError(
-                    f"cannot resume: {name} was {was} and is {value}; begin without --resume"
-                )
-        if content["submission_sha256"] != hash_of_submission(self.config):
-            warn(f"{self.config.submission} has changed since this run was saved")
-        for name, module in self.modules.items():
-            module.load_state_dict(content["algorithm"][name])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.rnn_states = to_device(content["rnn_states"][RANK], self.device)
-        for name, value in content["progress"].items():
-            setattr(self, name, value)
-        self.logged = self.step
 
-    def open(self, first: Path) -> None:
-        """Takes the folder, `first` or one of its repeats, and goes on from the checkpoint that it
-        holds, if any."""
-        if RANK == 0:
-            self.folder, self.lock = open_folder(first, self.config.resume)
-        self.folder = gather(self.folder)[0]
-        for checkpoint in find_checkpoints(self.folder)[-1:]:
-            self.load_state_dict(read_checkpoint(checkpoint))
+def save_run(run: Run) -> None:
+    """Write last.pt, from which the run can be continued; the one before becomes last.prev.pt, and
+    one of them is always whole. All processes must call it."""
+    rnn_states = gather(to_device(run.rnn_states, torch.device("cpu")))
+    if RANK > 0:
+        return
+    modules = modules_of(run.algorithm)
+    content = {
+        **playing_state(run.algorithm, run.config, run.progress.step),
+        "run_format": RUN_FORMAT,
+        "algorithm": {name: module.state_dict() for name, module in modules.items()},
+        "optimizer": run.optimizer.state_dict(),
+        "rnn_states": rnn_states,
+        "progress": asdict(run.progress),
+        "settings": json.dumps(fixed_settings(run)),
+        "submission_sha256": hash_of_submission(run.config),
+    }
+    last = run.folder / "last.pt"
+    following = run.folder / "next.pt"
+    write_atomically(following, to_bytes(partial(torch.save, content)))
+    if last.exists():
+        os.replace(last, run.folder / "last.prev.pt")
+    os.replace(following, last)
 
-    def start_logging(self) -> None:
-        """From here on files are changed."""
-        if RANK == 0:
-            write_atomically(self.folder / "config.yaml", pyrallis.dump(self.config).encode())
-            write_atomically(self.folder / "config.json", describe_run(self.config))
-            cut_metrics(self.folder / "metrics.jsonl", self.step, self.evaluated)
-        self.logger = RunLogger(self.config, self.folder, self.wandb_id)
-        if self.logger.run is not None:
-            self.wandb_id = self.logger.run.id
 
-    def close(self) -> None:
-        if self.logger is not None:
-            self.logger.close()
-        if self.lock is not None:
-            remove_unused(self.folder)
-            os.close(self.lock)
-        if WORLD > 1:
-            dist.destroy_process_group()
+def load_run(run: Run, content: Dict[str, Any]) -> None:
+    """Restore what `save_run` wrote; continuing from it is bitwise identical to never having
+    stopped. Raises UserError for another run's checkpoint."""
+    if content.get("run_format") != RUN_FORMAT:
+        raise UserError("cannot resume: another version of this script made the run")
+    saved = json.loads(content["settings"])
+    for name, value in fixed_settings(run).items():
+        was = saved.get(name)
+        if name == "games" and was != value:
+            lost = sorted(set(was) - set(value))
+            raise UserError(
+                f"cannot resume: the data lost {lost} and gained {sorted(set(value) - set(was))}"
+            )
+        if was != value:
+            raise UserError(
+                f"cannot resume: {name} was {was} and is {value}; begin without --resume"
+            )
+    if content["submission_sha256"] != hash_of_submission(run.config):
+        warn(f"{run.config.submission} has changed since this run was saved")
+    for name, module in modules_of(run.algorithm).items():
+        module.load_state_dict(content["algorithm"][name])
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.rnn_states = to_device(content["rnn_states"][RANK], run.device)
+    run.progress = Progress(**content["progress"])
+    run.logged = run.progress.step
 
-    def save(self) -> None:
-        """Writes last.pt; the one before becomes last.prev.pt, and one of them is always whole."""
-        content = self.state_dict()
-        if RANK == 0:
-            last = self.folder / "last.pt"
-            following = self.folder / "next.pt"
-            write_atomically(following, to_bytes(partial(torch.save, content)))
-            if last.exists():
-                os.replace(last, self.folder / "last.prev.pt")
-            os.replace(following, last)
 
-    def position(self) -> Metrics:
-        return {"step": self.step, "transitions": self.step * self.transitions_per_update}
+# --- the parts of the loop
+def gradient_step(run: Run, batch: Batch, prev_actions: Tensor) -> Metrics:
+    """One update of the weights -> the algorithm's info, and what the loop adds to it."""
+    begin = time.perf_counter()
+    batch, prev_actions = to_device((batch, prev_actions), run.device)
+    loss, rnn_states, info = call_train_step(
+        run.algorithm, batch, prev_actions, run.rnn_states, run.precision
+    )
+    run.rnn_states = tree_map_only(Tensor, Tensor.detach, rnn_states)
+    forwarded = time.perf_counter()
+    learning_rate = learning_rate_at(run.config, run.position["transitions"])
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = run.algorithm.parameters()
+    tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    buffers = run.algorithm.model.buffers()
+    tensors += [buffer for buffer in buffers if buffer.is_floating_point()]
+    all_reduce_mean(tensors, batch["mask"][:, :-1].sum())
+    limit = run.config.clip_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(run.algorithm.parameters(), limit)
+    if math.isfinite(float(norm)):  # on a GPU this waits for all its work
+        run.optimizer.step()
+        run.algorithm.after_gradient_step()
+    else:  # it must not reach the weights
+        run.progress.skipped += 1
+        run.rnn_states = {}
+        warn(f"the gradient at step {run.progress.step} is not finite: the update is skipped")
+    run.progress.step += 1
+    run.seconds[1:] += np.diff([begin, forwarded, time.perf_counter()])
+    return {
+        "loss": loss.detach(),
+        **info,
+        "grad_norm": norm,
+        "learning_rate": learning_rate,
+        "skipped_updates": run.progress.skipped,
+    }
 
-    def update(self, batches: Iterator[Any]) -> Metrics:
-        """One gradient step -> the algorithm's info, and what the loop adds to it."""
-        # Whatever is drawn depends on the step alone: a resumed run draws the same, and evaluations
-        # change nothing.
-        set_seed(derived_seed(self.config.train_seed, self.step, RANK))
+
+def log_update(run: Run, logger: RunLogger, info: Metrics) -> None:
+    """One row and one line: the algorithm's info, as means over the processes."""
+    parts = gather({name: float(value) for name, value in info.items()})
+    means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+    before = position_at(run.config, run.logged)["transitions"]
+    rate = (run.position["transitions"] - before) / run.seconds.sum()
+    row = dict(run.position)
+    for name, value in means.items():
+        row[name if name == "loss" else f"train/{name}"] = value
+    row["charts/SPS"] = rate
+    row.update(zip(TIMES, run.seconds.tolist()))
+    logger.log("training", row)
+    run.logged = run.progress.step
+    run.seconds[:] = 0.0
+    say_metrics("TRAIN_METRICS", {**run.position, **means, "transitions_per_s": rate})
+
+
+def evaluate(
+    algorithm: Any, config: TrainConfig, heldout: Optional[ChunkLoader], prefix: Path
+) -> Tuple[Metrics, List[Any]]:
+    """Held-out loss, then games of every character, whose files begin with `prefix`, a path that
+    ends in the step -> metrics, and the games as pairs of a character and its results."""
+    device = choose_device(config)
+    metrics: Metrics = {}
+    games: List[Any] = []
+    set_seed(config.eval_seed)  # in case an algorithm draws
+    if heldout is not None and config.eval_heldout_frames:
+        where = (device, choose_precision(config, device))
+        found = evaluate_heldout(algorithm, heldout, config.eval_heldout_frames, *where)
+        say_metrics("HELDOUT_METRICS", {"step": int(prefix.name), **found})
+        for name, value in found.items():
+            metrics[f"heldout/{name}"] = value
+    if config.eval_episodes:
         begin = time.perf_counter()
-        batch, prev_actions = next(batches)
-        loaded = time.perf_counter()
-        batch, prev_actions = to_device((batch, prev_actions), self.device)
-        loss, rnn_states, info = call_train_step(
-            self.algorithm, batch, prev_actions, self.rnn_states, self.precision
-        )
-        self.rnn_states = tree_map_only(Tensor, Tensor.detach, rnn_states)
-        forwarded = time.perf_counter()
-        learning_rate = learning_rate_at(self.config, self.step * self.transitions_per_update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = [parameter.grad for parameter in self.algorithm.parameters()]
-        tensors = [gradient for gradient in gradients if gradient is not None]
-        tensors += [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        average(tensors, batch["mask"][:, :-1].sum())
-        limit = self.config.clip_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.algorithm.parameters(), limit)
-        if math.isfinite(float(norm)):  # on a GPU this waits for all its work
-            self.optimizer.step()
-            self.algorithm.after_gradient_step()
-        else:  # it must not reach the weights
-            self.skipped += 1
-            self.rnn_states = {}
-            warn(f"the gradient at step {self.step} is not finite: the update is skipped")
-        self.step += 1
-        self.seconds += np.diff([begin, loaded, forwarded, time.perf_counter()])
-        return {
-            "loss": loss.detach(),
-            **info,
-            "grad_norm": norm,
-            "learning_rate": learning_rate,
-            "skipped_updates": self.skipped,
-        }
+        scores, games = evaluate_games(algorithm.model, config, device, prefix)
+        metrics.update(scores)
+        metrics["times/evaluation_cpu"] = time.perf_counter() - begin
+    return metrics, games
 
-    def log(self, info: Metrics) -> None:
-        """One row and one line: the algorithm's info, as means over the processes."""
-        parts = gather({name: float(value) for name, value in info.items()})
-        means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        transitions = (self.step - self.logged) * self.transitions_per_update
-        rate = transitions / self.seconds.sum()
-        row = self.position()
-        for name, value in means.items():
-            row[name if name == "loss" else f"train/{name}"] = value
-        row["charts/SPS"] = rate
-        row.update(zip(TIMES, self.seconds.tolist()))
-        self.logger.log("training", row)
-        self.logged = self.step
-        self.seconds = np.zeros(len(TIMES))
-        say_metrics("TRAIN_METRICS", {**self.position(), **means, "transitions_per_s": rate})
 
-    def due(self) -> bool:
-        """Whether an evaluation is due that there has not been."""
-        last = self.step >= self.config.update_steps
-        return self.step > self.evaluated and (last or self.step % self.config.eval_every == 0)
+def evaluate_run(run: Run, logger: RunLogger) -> None:
+    """One row; best.pt where the held-out loss is the lowest so far."""
+    step = run.progress.step
+    metrics, games = evaluate(run.algorithm, run.config, run.heldout, run.folder / str(step))
+    loss = heldout_loss(metrics)
+    names = ["best.pt"] if loss < run.progress.best else []
+    names += [f"{step}.pt"] if run.config.keep_checkpoints else []
+    for name in names:
+        if RANK == 0:
+            save_weights(run.folder / name, run.algorithm, run.config, step)
+    run.progress.best = min(run.progress.best, loss)
+    run.progress.evaluated = step
+    logger.log("evaluation", {**run.position, **metrics}, games)
 
-    def evaluate(self) -> None:
-        """Held-out loss, then games of every character: one row. A run keeps its best weights."""
-        config = self.config
-        row = self.position()
-        games: List[Any] = []
-        set_seed(config.eval_seed)  # in case an algorithm draws
-        if self.heldout is not None and config.eval_heldout_frames:
-            limit = config.eval_heldout_frames
-            where = (self.device, self.precision)
-            heldout = evaluate_heldout(self.algorithm, self.heldout, limit, *where)
-            say_metrics("HELDOUT_METRICS", {"step": self.step, **heldout})
-            for name, value in heldout.items():
-                row[f"heldout/{name}"] = value
-        if config.eval_episodes:
-            begin = time.perf_counter()
-            prefix = self.folder / str(self.step)
-            metrics, games = evaluate_games(self.model, config, self.device, prefix)
-            row.update(metrics)
-            row["times/evaluation_cpu"] = time.perf_counter() - begin
-        if not config.evaluate:
-            names = ["best.pt"] if heldout_loss(row) < self.best else []
-            names += [f"{self.step}.pt"] if config.keep_checkpoints else []
-            for name in names:
-                if RANK == 0:
-                    content = to_bytes(partial(torch.save, self.playing_state()))
-                    write_atomically(self.folder / name, content)
-        self.best = min(self.best, heldout_loss(row))
-        self.evaluated = self.step
-        self.logger.log("evaluation", row, games)
+
+def is_evaluation_due(run: Run) -> bool:
+    step = run.progress.step
+    at_end = step >= run.config.update_steps
+    return step > run.progress.evaluated and (at_end or step % run.config.eval_every == 0)
+
+
+def run_name(config: TrainConfig) -> str:
+    """Raises UserError for one that is too long for a folder's name."""
+    characters = "+".join(config.characters)
+    if len(characters) > 100:
+        digest = hashlib.sha256(characters.encode()).hexdigest()[:8]
+        characters = f"{config.characters[0]}+{len(config.characters) - 1}more-{digest}"
+    name = f"{config.name}-{characters}-seed{config.train_seed}"
+    if len(os.fsencode(name)) > 240:  # file systems allow 255, and a repeat has a number
+        raise UserError("--name is too long for a folder's name; give a shorter one")
+    return name
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains, evaluates, and returns the run's folder."""
+    """Train, evaluate, and return the run's folder."""
+    # --- set up
     if isinstance(config.resume, str) and not find_checkpoints(expand(config.resume)):
         raise UserError(f"resume: {config.resume} is neither true nor false, nor holds it last.pt")
-    group = f"{config.group}-v{config.version}"
-    name = f"{config.name}-{'+'.join(config.characters)}-seed{config.train_seed}"
-    with closing(Trainer(None, config)) as trainer:
-        trainer.open(expand(config.checkpoints_path or "runs") / group / name)
-        if trainer.evaluated >= config.update_steps:
-            say(f"{trainer.folder} is finished, at step {trainer.step}: it is left as it is")
-            return trainer.folder
-        trainer.start_logging()
-        what = "resuming" if trainer.step else "beginning"
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        where = f"{parameters:,} parameters on {WORLD} x {trainer.device}"
-        say(f"{what} {trainer.folder} at step {trainer.step}: {where}")
-        batches: Any = read_ahead(trainer.loader.batch_at, trainer.step)
-        with noting_signals(), closing(batches):
-            if trainer.due():  # the run was stopped while it was evaluated
-                trainer.evaluate()
-                trainer.save()
-            steps = range(trainer.step, config.update_steps)
-            for _ in progress(iterable=steps, initial=trainer.step, total=config.update_steps):
-                info = trainer.update(batches)
-                if trainer.step % config.log_every == 0 or trainer.step == config.update_steps:
-                    trainer.log(info)
-                stopped = max_over_processes(stop_signal)
-                due = trainer.due()
-                # First the checkpoint: whatever goes wrong while games are played, the run can go
-                # on from here.
-                if stopped or due or trainer.step % config.checkpoint_every == 0:
-                    trainer.save()
-                if stopped:
-                    raise Stopped(stopped)
-                if due:
-                    trainer.evaluate()
-                    trainer.save()  # with what the evaluation found
-    return trainer.folder
+    runs = expand(config.checkpoints_path or "runs")
+    first = runs / f"{config.group}-v{config.version}" / run_name(config)
+    with ExitStack() as stack:
+        stack.enter_context(process_group(choose_device(config)))
+        run = make_run(config)
+        folder = stack.enter_context(run_folder(first, config.resume))
+        run.folder = folder
+        for checkpoint in find_checkpoints(folder)[-1:]:
+            load_run(run, read_checkpoint(checkpoint))
+        progress = run.progress
+        if progress.evaluated >= config.update_steps:
+            say(f"{folder} is finished, at step {progress.step}: it is left as it is")
+            return folder
+        logger = start_logging(config, folder, progress)
+        stack.callback(logger.close)
+        parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
+        say(
+            f"{'resuming' if progress.step else 'beginning'} {folder} at step {progress.step}: "
+            f"{parameters:,} parameters on {WORLD} x {run.device}"
+        )
+        stack.enter_context(noting_signals())
+        batches = stack.enter_context(closing(read_ahead(run.loader.batch_at, progress.step)))
+        bar = stack.enter_context(progress_bar(initial=progress.step, total=config.update_steps))
+
+        # --- loop. First the checkpoint, then the evaluation: whatever goes wrong while games are
+        # played, the run can be continued from here.
+        while True:
+            if is_evaluation_due(run):
+                evaluate_run(run, logger)
+                save_run(run)  # with what the evaluation found
+            if progress.step >= config.update_steps:
+                return folder
+            # Whatever is drawn depends on the step alone: a resumed run draws the same, and
+            # evaluations change nothing.
+            set_seed(derived_seed(config.train_seed, progress.step, RANK))
+            begin = time.perf_counter()
+            batch, prev_actions = next(batches)
+            run.seconds[0] += time.perf_counter() - begin
+            info = gradient_step(run, batch, prev_actions)
+            bar.update()
+            if progress.step % config.log_every == 0 or progress.step == config.update_steps:
+                log_update(run, logger, info)
+            stopped = max_over_processes(stop_signal)
+            is_due = is_evaluation_due(run)
+            if stopped or is_due or progress.step % config.checkpoint_every == 0:
+                save_run(run)
+            if stopped:
+                raise Stopped(stopped)
 
 
+# --- scoring a checkpoint
 def load_agent(path: Any, **overrides: Any) -> Tuple[Any, TrainConfig, int]:
     """A checkpoint's algorithm with its weights, its config with `overrides`, and its step."""
     content = read_checkpoint(Path(path))
@@ -3423,15 +3554,19 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
     for name in ("character", "submission"):  # the checkpoint's own, unless others are given
         if getattr(config, name) != getattr(TrainConfig(), name):
             overrides[name] = getattr(config, name)
-    agent = load_agent(path, **overrides)
-    parent = expand(config.checkpoints_path or str(path.parent))
-    with closing(Trainer(*agent)) as trainer:
-        trainer.open(parent / f"{path.stem}-evaluation")
-        trainer.start_logging()
-        say(f"evaluating {path} at step {trainer.step}, with results in {trainer.folder}")
-        with noting_signals():
-            trainer.evaluate()
-    return trainer.folder
+    algorithm, config, step = load_agent(path, **overrides)
+    first = expand(config.checkpoints_path or str(path.parent)) / f"{path.stem}-evaluation"
+    with ExitStack() as stack:
+        stack.enter_context(process_group(choose_device(config)))
+        heldout = load_data(config)[1] if config.data_path else None
+        folder = stack.enter_context(run_folder(first))
+        logger = start_logging(config, folder, Progress(step))
+        stack.callback(logger.close)
+        say(f"evaluating {path} at step {step}, with results in {folder}")
+        stack.enter_context(noting_signals())
+        metrics, games = evaluate(algorithm, config, heldout, folder / str(step))
+        logger.log("evaluation", {**position_at(config, step), **metrics}, games)
+    return folder
 
 
 def check_sizes(config: TrainConfig) -> None:

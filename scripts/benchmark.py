@@ -325,32 +325,39 @@ def bench_play(options: argparse.Namespace) -> Iterator[Row]:
 
 
 # --- training
+def read_and_step(run: pomdp.Run, batches: Iterator[Any]) -> None:
+    begin = time.perf_counter()
+    batch = next(batches)
+    run.seconds[0] += time.perf_counter() - begin
+    pomdp.gradient_step(run, *batch)
+
+
 def bench_train(options: argparse.Namespace) -> Iterator[Row]:
     names = ("character", "data_path", "store_path", "rnn_hidden_dim")
     settings = {name: getattr(options, name) for name in names}
     for rows, steps in options.sizes:
         ours: Dict[str, Speed] = {}
-        trainers: List[Any] = []
+        runs: List[pomdp.Run] = []
         settings.update(batch_size=rows, seq_len=steps)
         calls = 20 if torch.cuda.is_available() else 1
         for precision in ("fp32", "bf16"):
-            trainer = pomdp.Trainer(None, pomdp.TrainConfig(precision=precision, **settings))
-            trainers.append(trainer)
-            update = partial(trainer.update, pomdp.read_ahead(trainer.loader.batch_at, 0))
-            what = f"{precision}, {rows} x {steps} on {trainer.device.type}"
+            run = pomdp.make_run(pomdp.TrainConfig(precision=precision, **settings))
+            runs.append(run)
+            update = partial(read_and_step, run, pomdp.read_ahead(run.loader.batch_at, 0))
+            what = f"{precision}, {rows} x {steps} on {run.device.type}"
             if options.katakomba:
                 what += ", against Katakomba's IQL"
             ours[what] = rate(update, calls, rows * steps)
         against = partial(compare, "train", "transitions/s", ours, repeats=options.repeats)
         if options.katakomba:
             sizes = (rows, steps, options.rnn_hidden_dim)
-            device = str(trainer.device)
+            device = str(run.device)
             with elsewhere(katakomba_iql, options.katakomba, *sizes, device, calls) as speed:
                 found = against(speed)
         else:
             found = against(None)
-        for row, trainer in zip(found, trainers):
-            row["waiting_for_data"] = trainer.seconds[0] / trainer.seconds.sum()
+        for row, run in zip(found, runs):
+            row["waiting_for_data"] = run.seconds[0] / run.seconds.sum()
             if options.katakomba:
                 row["note"] = f"not Katakomba's own: {REPLACED}"
             yield row

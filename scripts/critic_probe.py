@@ -110,7 +110,7 @@ def what_came(loader: pomdp.ChunkLoader, game: int, frames: int) -> Dict[str, np
     found["discounted return"] = exact_returns(rewards, loader.config.gamma)[:frames]
     for steps in ENDS:
         found[f"death within {steps:,} steps"] = (now + steps >= length).astype(float)
-    if store.is_cut[number]:
+    if store.truncated[number]:
         for values in found.values():
             values[now + LONGEST >= length] = np.nan
     return found
@@ -124,7 +124,7 @@ def run_lstm(
     counts [n], padding included."""
     parts: Dict[str, List[Tensor]] = {"h": [], "blstats": [], "actions": [], "counts": []}
     state = None
-    for step in range(loader.plan.steps):
+    for step in range(loader.sampler.steps):
         batch, prev_actions = pomdp.to_device(loader.batch_at(step), device)
         counts = batch["mask"][:, :-1]
         actions = batch["actions"][:, :-1]
@@ -152,7 +152,7 @@ def collect(
     names: List[str] = []
     owners: List[np.ndarray] = []
     unknown = 0
-    for game in pomdp.progress(iterable=chosen, desc="LSTM", unit="game"):
+    for game in pomdp.progress_bar(iterable=chosen, desc="LSTM", unit="game"):
         loader = pomdp.ChunkLoader(games, np.array([game]), config, 1, scale)
         frames = int(games.frames[game])
         read = run_lstm(backbone, loader, device, precision)

@@ -56,7 +56,7 @@ def characters_in(root: Path) -> List[str]:
     return sorted(found & set(pomdp.AUTOASCEND_MEAN_SCORE))
 
 
-def describe(store: pomdp.ChunkStore) -> Dict[str, Any]:
+def describe(store: pomdp.GameStore) -> Dict[str, Any]:
     """All that the store's index says of a character's games."""
     index = store.index
     names = list(map(str, store.names))
@@ -138,7 +138,7 @@ def describe_human_games(root: Path, characters: Optional[List[str]]) -> Dict[st
     files = [path for game in games for path in game.files]
     with ThreadPoolExecutor(pomdp.CORES) as pool:  # NLE's decoder lets other threads run
         counted = pool.map(count_frames, files)
-        bar = pomdp.progress(iterable=counted, total=len(files), desc="human games")
+        bar = pomdp.progress_bar(iterable=counted, total=len(files), desc="human games")
         counts = dict(zip(files, bar))
     totals = dict.fromkeys(HUMAN_COLUMNS, 0)
     years: Dict[int, Dict[str, int]] = {}

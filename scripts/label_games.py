@@ -126,7 +126,7 @@ def read_parts(game: human_games.Game) -> Iterator[human_games.Part]:
 class RecordedGames:
     """A character's games with keys, from their chunk store: the player's frames alone."""
 
-    def __init__(self, store: pomdp.ChunkStore) -> None:
+    def __init__(self, store: pomdp.GameStore) -> None:
         self.store = store
         self.games = {name.replace("/", " "): number for number, name in enumerate(store.names)}
         self.identity = store.index["identities"].tolist()
@@ -395,7 +395,7 @@ def run(args: Namespace) -> None:
         if was_made_from(path) == made_from:
             print(f"{path} is there, of these games: it is left as it is")
             continue
-        with pomdp.progress(total=len(games.games), desc=character, unit="game") as bar:
+        with pomdp.progress_bar(total=len(games.games), desc=character, unit="game") as bar:
             counts = make_file(path, games, made_from, args, model, bar)
         if not counts["games"]:
             print(f"{path} is not made: no game of {character} can be read")

@@ -181,7 +181,7 @@ def record(args: argparse.Namespace, numbers: Sequence[int]) -> List[Dict[str, A
     scratch = tempfile.mkdtemp(prefix=".recording.", dir=args.out)
     task = partial(play, args, scratch)
     workers = min(args.workers, args.games)
-    bar = partial(pomdp.progress, total=len(numbers), unit="game")
+    bar = partial(pomdp.progress_bar, total=len(numbers), unit="game")
     try:
         if workers == 1:
             return list(bar(iterable=map(task, numbers)))

@@ -107,7 +107,7 @@ def fill_the_disk(*_: Any) -> None:
 # -> calls in a run; what is disturbed, and how
 PHASES: Dict[str, Tuple[int, Any, str, Call]] = {
     "building the store": (5, pomdp, "encode_game", die),
-    "training": (12, pomdp.Trainer, "update", die),
+    "training": (12, pomdp, "gradient_step", die),
     "writing a checkpoint": (5, torch, "save", write_a_part_and_die),
     "full disk": (5, torch, "save", fill_the_disk),
     "renaming files": (18, os, "replace", die),

@@ -385,7 +385,7 @@ def write_html(args: argparse.Namespace, views: Views, title: str, path: Path) -
     """The game as a page for a browser: every so many frames, and the last -> the last frame."""
     page = html_page.Page()
     added = False
-    for number, view in enumerate(pomdp.progress(iterable=views, desc=str(path), unit="step")):
+    for number, view in enumerate(pomdp.progress_bar(iterable=views, desc=str(path), unit="step")):
         if number < args.start:
             continue
         page.see(view)

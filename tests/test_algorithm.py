@@ -4,6 +4,7 @@ trace."""
 import math
 import re
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,10 @@ def test_crop_shows_the_cells_round_the_cursor():
 
 
 @pytest.mark.parametrize("copies", [64, 7])
-def test_looking_up_in_copies_of_the_table_gives_what_one_table_gives(copies):
+def test_embedding_with_copies_of_the_table_gives_what_one_table_gives(copies, monkeypatch):
+    """On a CPU, where a table that says it is on a GPU takes the other way."""
+    encoder = pomdp.ScreenEncoder()
+    encoder.TABLE_COPIES = copies
     cells = torch.randint(
         0, 50, (3, 24, 80), generator=torch.Generator().manual_seed(0), dtype=torch.int32
     )
@@ -126,7 +130,10 @@ def test_looking_up_in_copies_of_the_table_gives_what_one_table_gives(copies):
         torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for _ in range(2)
     ]
-    found = [pomdp.look_up(cells, table, number) for table, number in zip(tables, (1, copies))]
+    one = encoder.embed(cells, tables[0])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = [one, encoder.embed(cells, tables[1])]
+    monkeypatch.undo()
     assert found[1].shape == (3, 4, 24, 80) and torch.equal(*found)
     for each in found:
         (each * torch.arange(each.numel()).view_as(each).cos()).sum().backward()
@@ -280,7 +287,7 @@ def test_weights_grow_with_the_advantage_up_to_the_clip_and_those_at_it_are_coun
 
 
 def named_by(line):
-    """The same as named_keys in plain Python, for one message line: the keys that it names."""
+    """The same as prompt_options in plain Python, for one message line: the keys that it names."""
     found = re.search(rb"\? \[(.*?)(?: or \?|\]|$)", line)
     text = re.sub(
         rb"(\w)-(\w)",
@@ -324,7 +331,7 @@ def screens_of(lines):
 @pytest.mark.parametrize("line", QUESTIONS)
 def test_keys_that_a_question_names(line):
     keys = small_algorithm().model.keys
-    named = pomdp.named_keys(screens_of([line]), keys)[0]
+    named = pomdp.prompt_options(screens_of([line]), keys)[0]
     assert {chr(key) for key in keys[named > 0].tolist()} == {*QUESTIONS[line]}
     assert set(named.tolist()) <= {0.0, 1.0}
     assert named_by(line.encode()) == named.tolist()
@@ -339,13 +346,13 @@ def test_keys_that_recorded_questions_name(games):
         [loader.batch_at(number)[0]["tty_chars"][:, :-1].flatten(0, 1) for number in range(8)]
     )
     keys = small_algorithm().model.keys
-    found = pomdp.named_keys(recorded[:, None], keys)[:, 0]
+    found = pomdp.prompt_options(recorded[:, None], keys)[:, 0]
     expected = torch.tensor([named_by(bytes(line.tolist())) for line in recorded[:, 0]]).float()
     assert torch.equal(found, expected) and (expected.sum(-1) > 0).sum() >= 50
-    assert torch.equal(found, pomdp.named_keys(recorded.float(), keys))
+    assert torch.equal(found, pomdp.prompt_options(recorded.float(), keys))
 
 
-def test_named_keys_are_answered_as_the_model_has_learned(games):
+def test_prompt_options_are_answered_as_the_model_has_learned(games):
     """Questions that name one letter, another one every time, and the letter is the answer: nothing
     else can tell."""
     algorithm, batch = small_algorithm(), random_batch(rows=64, steps=1)
@@ -388,17 +395,19 @@ def test_chunks_with_carried_state_equal_one_long_run():
             torch.testing.assert_close(
                 seen[-1], expected[:, begin : begin + steps + 1], rtol=0, atol=5e-6
             )
-        kept = [*states.get("tail", {"": torch.zeros(ROWS, 0)}).values()]
+        kept = [*states.get("burn_in_frames", {"": torch.zeros(ROWS, 0)}).values()]
         assert {part.shape[1] for part in kept} == {burn_in}  # not a frame more or less
         rows = ~one_run(long)[1][:, total - burn_in]  # where no game begins just there
-        for part, wanted in zip(states["core"], one_by_one[total - burn_in]):
+        for part, wanted in zip(states["stored_state"], one_by_one[total - burn_in]):
             torch.testing.assert_close(part[:, rows], wanted[:, rows], rtol=0, atol=5e-6)
 
 
 def test_burn_in_gets_no_gradient_and_no_loss():
     algorithm = small_algorithm(algorithm={"burn_in": 3})
     _, states, _ = step(algorithm, random_batch(starts=[True] * ROWS))
-    assert not any(part.requires_grad for part in (*states["core"], *states["tail"].values()))
+    assert not any(
+        part.requires_grad for part in (*states["stored_state"], *states["burn_in_frames"].values())
+    )
     second, calls = random_batch(seed=1, starts=[False] * ROWS), []
     algorithm.model.backbone.register_forward_pre_hook(
         lambda _, arguments: calls.append(
@@ -410,15 +419,15 @@ def test_burn_in_gets_no_gradient_and_no_loss():
         enabled for _, enabled in calls[1:]
     )  # the tail first, without gradient
     assert sum(length for length, _ in calls[1:]) == 7 and info["counting_frames"] == 1.0
-    shifted = {name: part.roll(1, dims=0) for name, part in states["tail"].items()}
-    assert step(algorithm, second, {**states, "tail": shifted})[0].item() != loss.item()
+    shifted = {name: part.roll(1, dims=0) for name, part in states["burn_in_frames"].items()}
+    assert step(algorithm, second, {**states, "burn_in_frames": shifted})[0].item() != loss.item()
 
 
 def test_the_state_kept_for_the_next_chunk_does_not_hold_the_batch():
     """Only what the backbone reads, in memory of its own: a slice would keep the whole batch (300
     MB) alive."""
     batch = {**random_batch(starts=[True] * ROWS), "unused": torch.zeros(ROWS, 7, 1000)}
-    tail = step(small_algorithm(algorithm={"burn_in": 2}), batch)[1]["tail"]
+    tail = step(small_algorithm(algorithm={"burn_in": 2}), batch)[1]["burn_in_frames"]
     assert set(tail) == {*pomdp.OBSERVATIONS, "prev_actions", "begins"}
     assert all(torch.equal(tail[name], batch[name][:, 4:6]) for name in pomdp.OBSERVATIONS)
     assert all(
@@ -665,20 +674,10 @@ def test_acting_begins_anew_where_a_new_game_shows_or_the_loop_says_so():
         assert not torch.equal(anew[0][:, n], going_on[0][:, n])
 
 
-# --- acting with the average of the weights
-def weights_of(algorithm):
+# --- acting with the EMA of the weights
+def weights_of(model):
     """Copies, in the order of the parameters."""
-    return [weight.detach().clone() for weight in algorithm.model.parameters()]
-
-
-def when_training(algorithm, mode=True):
-    algorithm.model.train(mode)
-    return weights_of(algorithm)
-
-
-def when_evaluated(algorithm):
-    algorithm.model.eval()
-    return weights_of(algorithm)
+    return [weight.detach().clone() for weight in model.parameters()]
 
 
 def same(weights, others):
@@ -696,12 +695,19 @@ def learn(algorithm, updates=3, optimizer=None):
         loss.backward()
         optimizer.step()
         algorithm.after_gradient_step()
-        after.append(weights_of(algorithm))
+        after.append(weights_of(algorithm.model))
     return after
 
 
+def acts(algorithm):
+    """The recurrent state after a step of acting: it tells which weights acted."""
+    obs = {name: value[:, 0].numpy() for name, value in random_observations(ROWS, 1).items()}
+    obs["prev_actions"] = np.full(ROWS, pomdp.NO_ACTION)
+    return algorithm.model.vec_act(obs)[1].rnn_state
+
+
 @pytest.mark.parametrize("average_decay", [0.15, 0.999, 1.0])
-def test_the_average_is_that_of_the_formula(average_decay):
+def test_the_ema_is_that_of_the_formula(average_decay):
     algorithm = small_algorithm(algorithm={"average_decay": average_decay})
     expected = None
     for n, weights in enumerate(learn(algorithm, updates=6)):
@@ -711,146 +717,104 @@ def test_the_average_is_that_of_the_formula(average_decay):
             continue
         decay = min(average_decay, n / (9 + n))  # 1/10, 2/11, ...: (1 + m) / (10 + m)
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights)]
-    found = when_evaluated(algorithm)
+    found = weights_of(algorithm.ema.module)
     for weight, average in zip(found, expected):
         torch.testing.assert_close(weight.double(), average, rtol=1e-5, atol=1e-7)
-    assert not same(found, when_training(algorithm))
+    assert not same(found, weights_of(algorithm.model))
+    assert torch.equal(algorithm.ema.module.advantage_square, algorithm.model.advantage_square)
 
 
-def test_weights_and_average_are_exchanged_between_eval_and_train():
+def test_the_ema_acts_and_is_scored_in_evaluation_and_the_model_learns():
+    """Through the packed weights of acting too, which are made again as the EMA moves."""
     algorithm = small_algorithm()
-    model = algorithm.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    *_, latest = learn(algorithm, optimizer=optimizer)
-    model.train()
-    assert same(weights_of(algorithm), latest), "a train() without an eval() before it"
-    average = when_evaluated(algorithm)
-    assert not same(average, latest)
-    assert same(when_evaluated(algorithm), average), "two eval() in a row"
-    assert same(when_training(algorithm), latest)
-    assert same(when_evaluated(algorithm), average)
-    model.train()
-    # Evaluations change nothing: the optimizer goes on with the same parameters.
-    other = small_algorithm()
-    of_other = torch.optim.AdamW(other.model.parameters(), lr=1e-2)
-    learn(other, optimizer=of_other)
-    assert same(learn(algorithm, 2, optimizer)[-1], learn(other, 2, of_other)[-1])
-    assert same(when_evaluated(algorithm), when_evaluated(other))
-
-
-def test_what_acts_is_the_average():
-    """Through the packed weights of acting too, which are made anew."""
-    algorithm = small_algorithm()
-    obs = {name: value[:, 0].numpy() for name, value in random_observations(ROWS, 1).items()}
-    obs["prev_actions"] = np.full(ROWS, pomdp.NO_ACTION)
     batch = random_batch(starts=[True] * ROWS)
     learn(algorithm, 1)
     for _ in range(2):
-        learn(algorithm, 2)
+        *_, latest = learn(algorithm, 2)
         algorithm.model.eval()
         fresh = small_algorithm(seed=1)
-        fresh.model.load_state_dict(algorithm.model.state_dict())
+        fresh.model.load_state_dict(algorithm.ema.module.state_dict())
         fresh.model.eval()
-        states = [each.model.vec_act(obs)[1].rnn_state for each in (algorithm, fresh)]
+        states = [acts(each) for each in (algorithm, fresh)]
         with torch.no_grad():
             losses = [step(each, batch)[0] for each in (algorithm, fresh)]
         algorithm.model.train()
         assert same(*states) and torch.equal(*losses)
-        latest = algorithm.model.vec_act(obs)[1].rnn_state
-        assert not torch.allclose(latest[0], states[0][0])
+        assert not torch.allclose(acts(algorithm)[0], states[0][0]), "in training the model acts"
+        assert same(weights_of(algorithm.model), latest), "an evaluation changes no weights"
 
 
-def test_before_the_first_update_and_without_an_average_the_weights_act():
+def test_before_the_first_update_and_without_an_ema_the_weights_act():
     for settings, updates in (({}, 0), ({"average_decay": 0}, 3)):
         algorithm = small_algorithm(algorithm=settings)
         learn(algorithm, updates)
         with torch.no_grad():
-            algorithm.model.policy.bias += 1.0  # by whatever hand
-        weights = weights_of(algorithm)
-        assert same(when_evaluated(algorithm), weights)
-        assert same(when_training(algorithm), weights)
-        assert bool(algorithm.model.averages) == (not settings)
+            algorithm.model.backbone.rnn.bias_ih_l0 += 1.0  # by whatever hand
+        training = acts(algorithm)
+        algorithm.model.eval()
+        assert all(map(partial(torch.allclose, atol=1e-5), training, acts(algorithm)))
+        assert (algorithm.ema is None) == bool(settings)
 
 
-def test_what_is_learned_in_evaluation_does_not_enter_the_average():
+def test_a_model_that_learns_in_evaluation_mode_is_the_one_that_learns():
+    """As where somebody's loop forgets to call train()."""
     algorithm = small_algorithm()
     algorithm.model.eval()
-    *_, latest = learn(algorithm)
-    assert same(when_training(algorithm), latest)
-    assert same(when_evaluated(algorithm), latest)
+    *_, before, latest = learn(algorithm)
+    assert not same(before, latest)
 
 
-@pytest.mark.parametrize("evaluated", [False, True])
-def test_copies_have_an_average_of_their_own(evaluated):
+def test_copies_have_an_ema_of_their_own():
     algorithm = small_algorithm()
     *_, latest = learn(algorithm)
-    average = when_evaluated(algorithm)
-    algorithm.model.train(not evaluated)
+    average = weights_of(algorithm.ema.module)
     copy = deepcopy(algorithm)
-    model = deepcopy(algorithm.model)
-    for _ in range(2):
-        assert same(when_evaluated(copy), average)
-        assert same([weight.detach() for weight in model.eval().parameters()], average)
-        assert same(when_training(copy), latest)
-        assert same([weight.detach() for weight in model.train().parameters()], latest)
+    assert copy.model.ema == [copy.ema] and copy.ema is not algorithm.ema
     learn(copy)
-    kept = copy.average.state_dict()
-    assert same(copy.model.averages, [kept[name] for name in kept if name != "updates"])
-    assert int(kept["updates"]) == 6 and int(algorithm.average.updates) == 3
-    assert same(when_training(algorithm), latest)
-    assert same(when_evaluated(algorithm), average)
+    assert int(copy.ema.n_averaged) == 6 and int(algorithm.ema.n_averaged) == 3
+    assert same(weights_of(algorithm.model), latest)
+    assert same(weights_of(algorithm.ema.module), average)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("evaluated", [False, True])
-def test_an_average_begins_anew_at_weights_that_are_loaded(learned, evaluated):
-    source = small_algorithm(seed=1)
-    learn(source)
+@pytest.mark.parametrize("order", [("model", "ema"), ("ema", "model")])
+def test_model_and_ema_are_restored_by_name_in_any_order(order):
     algorithm = small_algorithm()
-    if learned:
-        learn(algorithm)
-    algorithm.model.train(not evaluated)
-    loaded = when_evaluated(source)
-    algorithm.model.load_state_dict(source.model.state_dict())
-    assert algorithm.model.training == (not evaluated)
-    for mode in (evaluated, not evaluated, evaluated):
-        assert same(when_training(algorithm, mode), loaded), mode
-    algorithm.model.train()
-    (first,) = learn(algorithm, 1)
-    assert same(when_evaluated(algorithm), first)
+    learn(algorithm)
+    restored = small_algorithm(seed=1)
+    for name in order:
+        part = getattr(algorithm, name)
+        getattr(restored, name).load_state_dict(deepcopy(part.state_dict()))
+    assert same(acts(restored), acts(algorithm))
+    assert same(learn(restored)[-1], learn(algorithm)[-1])
+    assert same(weights_of(restored.ema.module), weights_of(algorithm.ema.module))
+    for each in (algorithm, restored):
+        each.model.eval()
+    assert same(acts(restored), acts(algorithm))
 
 
-def test_the_average_is_saved_beside_the_model_and_is_no_part_of_it():
-    """So a checkpoint's weights fit a model without one, and processes do not exchange it."""
+def test_the_ema_is_no_part_of_the_model():
+    """So its weights are not counted, optimized, or exchanged between processes; and they fit a
+    model without one."""
     algorithm = small_algorithm()
     without = small_algorithm(algorithm={"average_decay": 0})
     learn(algorithm)
-    learn(without)
     assert algorithm.model.state_dict().keys() == without.model.state_dict().keys()
     assert len(algorithm.parameters()) == len(without.parameters())
-    assert [*algorithm.average.parameters()] == []
     of_model = {id(part) for part in [*algorithm.model.buffers(), *algorithm.parameters()]}
-    assert of_model.isdisjoint(map(id, algorithm.average.buffers()))
-    average = when_evaluated(algorithm)
-    without.model.load_state_dict(algorithm.model.state_dict())
-    assert same(weights_of(without), average)
-    # Model and average together are enough to go on.
-    algorithm.model.train()
-    restored = small_algorithm(seed=1)
-    restored.model.load_state_dict(algorithm.model.state_dict())
-    restored.average.load_state_dict(algorithm.average.state_dict())
-    assert same(learn(restored)[-1], learn(algorithm)[-1])
-    ends = [when_evaluated(each) for each in (restored, algorithm)]
-    assert same(*ends)
+    of_ema = {id(part) for part in [*algorithm.ema.buffers(), *algorithm.ema.parameters()]}
+    assert of_model.isdisjoint(of_ema)
+    without.model.load_state_dict(algorithm.ema.module.state_dict())
+    without.model.eval()
+    algorithm.model.eval()
+    assert same(acts(without), acts(algorithm))
 
 
-def test_the_agent_in_the_box_has_no_average_and_acts_as_it_is():
+def test_the_bundled_agent_acts_as_it_is():
     path = Path(pomdp.__file__).parent / "scripts" / "agents" / "small_512.pt"
     algorithm, _, _ = pomdp.load_agent(path, device="cpu")
     saved = pomdp.read_checkpoint(path)["model"]
-    for mode in (True, False):
-        state = algorithm.model.train(mode).state_dict()
-        assert all(torch.equal(state[name], value.float()) for name, value in saved.items())
+    state = algorithm.model.eval().acting_model().state_dict()
+    assert all(torch.equal(state[name], value.float()) for name, value in saved.items())
 
 
 def test_a_layer_that_a_submission_adds_is_averaged_too():
@@ -866,7 +830,7 @@ def test_a_layer_that_a_submission_adds_is_averaged_too():
     algorithm = Algorithm(backbone, pomdp.TrainConfig(algorithm={"head_dim": 24}), "cpu")
     latest = learn(algorithm)[-1]
     names = [name for name, _ in algorithm.model.named_parameters()]
-    average = when_evaluated(algorithm)
+    average = weights_of(algorithm.ema.module)
     moved = {name for name, *pair in zip(names, latest, average) if not torch.equal(*pair)}
     assert {"value.0.weight", "value.1.weight", "backbone.rnn.weight_ih_l0"} <= moved
 
@@ -966,7 +930,7 @@ def test_the_schedule_counts_the_rows_of_all_processes(monkeypatch):
 def test_weight_decay_covers_each_matrix_once_and_nothing_else():
     algorithm = small_algorithm()
     config = pomdp.TrainConfig(rnn_hidden_dim=HIDDEN, weight_decay=0.1, device="cpu")
-    groups = pomdp.Trainer(algorithm, config).optimizer.param_groups
+    groups = pomdp.make_optimizer(algorithm.model, config).param_groups
     decayed, others = (group["params"] for group in groups)
     assert sorted(map(id, decayed + others)) == sorted(map(id, algorithm.parameters()))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]

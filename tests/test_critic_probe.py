@@ -88,8 +88,8 @@ def test_what_came_is_counted_from_the_frame_on(stores):
             assert came[f"death within {steps:,} steps"][t] == (length - t <= steps)
         discounted = rewards[t:] * 0.999 ** np.arange(length - t)
         assert came["discounted return"][t] == pytest.approx(discounted.sum(), abs=1e-3)
-    cut = critic_probe.pomdp.ChunkStore(store.folder, "mon-hum-neu")
-    cut.is_cut = np.ones_like(cut.is_cut)
+    cut = critic_probe.pomdp.GameStore(store.folder, "mon-hum-neu")
+    cut.truncated = np.ones_like(cut.truncated)
     loader = pomdp.ChunkLoader(pomdp.Games([cut]), np.array([game]), config, 1, 7.0)
     for values in critic_probe.what_came(loader, game, length - 1).values():
         assert np.isnan(values).sum() == 999

@@ -8,8 +8,12 @@ import io
 import os
 import random
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +22,7 @@ import nle.dataset as nld
 import numpy as np
 import pytest
 import torch
-from conftest import CHARACTERS, RECORDED
+from conftest import CHARACTERS, LIMIT_S, RECORDED
 from hypothesis import given
 from hypothesis import strategies as st
 from nle import nethack
@@ -28,8 +32,8 @@ import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import (
     NO_ACTION,
     UNKNOWN_KEY,
-    ChunkStore,
     Games,
+    GameStore,
     TrainConfig,
     UserError,
     open_or_build_store,
@@ -346,7 +350,7 @@ def test_batches(marked, rows, seq_len, game_frames, shuffle, gamma, clip_range)
     rewards = [np.clip(game["rewards"] / 50.0, -clip_range, clip_range) for game in expected]
     for number in range(2):
         counted, order = [np.zeros(n, int) for n in LENGTHS], []
-        for step in range(number * loader.plan.steps, (number + 1) * loader.plan.steps):
+        for step in range(number * loader.sampler.steps, (number + 1) * loader.sampler.steps):
             batch = {name: tensor.numpy() for name, tensor in batch_of(loader, step).items()}
             game, frame = (
                 batch["blstats"][:, :, DEPTH] - 1,
@@ -395,7 +399,7 @@ def test_the_order_of_games_follows_the_seed(marked):
     """Of all fourteen, so that no two orders agree by chance."""
     orders = []
     for seed in (1, 1, 2):
-        plan = loader_of(Games([marked[0]]), 1, max(LENGTHS), train_seed=seed).plan
+        plan = loader_of(Games([marked[0]]), 1, max(LENGTHS), train_seed=seed).sampler
         orders.append([int(plan.locate(step)[0][0]) for step in range(2 * len(LENGTHS))])
     assert sorted(orders[0][: len(LENGTHS)]) == list(range(len(LENGTHS)))
     assert orders[0] == orders[1] != orders[2]
@@ -448,7 +452,7 @@ def test_training_never_sees_held_out_games(marked):
     loaders, again = pomdp.load_data(config), pomdp.load_data(config)
     seen = [set(), set()]
     for loader, games in zip(loaders, seen):
-        for step in range(loader.plan.steps):
+        for step in range(loader.sampler.steps):
             depths = batch_of(loader, step)["blstats"][:, :, DEPTH]
             games.update((depths[depths > 0] - 1).tolist())
     assert (
@@ -472,7 +476,7 @@ def make_loader(games):
 def test_a_batch_is_a_pure_function_of_its_number(make_loader):
     """A run that resumes in the middle of a pass gets the batches that it would have had."""
     loader = make_loader()
-    steps = [*range(12), loader.plan.steps - 1, loader.plan.steps, loader.plan.steps + 1]
+    steps = [*range(12), loader.sampler.steps - 1, loader.sampler.steps, loader.sampler.steps + 1]
     plain = {step: batch_of(loader, step) for step in steps}
     random.Random(1).shuffle(steps)
     assert_same([plain[step] for step in steps], [batch_of(loader, step) for step in steps])
@@ -507,7 +511,7 @@ def test_processes_share_the_rows_of_one_batch(make_loader, monkeypatch):
 def test_a_pass_plays_each_chunk_once_and_clears_states_as_rarely_as_it_can(
     frames, rows, seq_len, seed, number
 ):
-    plan = pomdp.ChunkPlan(np.array(frames), rows, seq_len, seed)
+    plan = pomdp.ChunkSampler(np.array(frames), rows, seq_len, seed)
     chunks = [-(-n // seq_len) for n in frames]
     assert plan.steps == -(-sum(chunks) // rows)
     played, before = [], None
@@ -589,7 +593,7 @@ def test_keys_that_are_no_action_are_masked_and_never_a_previous_action(small, t
     rewards, actions = np.append(np.diff(known.scores), 0), np.where(counts, known.actions, 0)
     for seq_len in (n, 11, 1):
         loader, states = loader_of(Games([store]), 1, seq_len, clip_range=1e9), {}
-        for step in range(min(loader.plan.steps, 30)):
+        for step in range(min(loader.sampler.steps, 30)):
             batch, part = batch_of(loader, step), slice(step * seq_len, (step + 1) * seq_len)
             for name, expected in (("mask", counts), ("actions", actions), ("rewards", rewards)):
                 assert (
@@ -754,7 +758,7 @@ def test_hdf5_gives_the_same_batches(small, katakomba, tmp_path, monkeypatch):
         add_game(tmp_path / "games", f"{number:03d}", source)
     original = store_of(tmp_path / "games", tmp_path, character)
     ours, theirs = (loader_of(Games([opened]), 3, 20, 5.0) for opened in (store, original))
-    for step in range(ours.plan.steps):
+    for step in range(ours.sampler.steps):
         batch, other = batch_of(ours, step), batch_of(theirs, step)
         assert_same([batch], [{**other, "rewards": other["rewards"].clamp(min=0)}])
     assert len(store_of(katakomba, tmp_path, character).frames) == len(
@@ -835,7 +839,7 @@ def test_an_hdf5_game_that_is_not_done_is_cut(small, katakomba, tmp_path):
     write_hdf5(path, games)
     store = store_of(path, tmp_path, small[0])
     assert store.names.tolist() == [f"{path.name}/a", f"{path.name}/b"]
-    assert store.is_cut.tolist() == [True, False] and store.index["skipped"].size == 2
+    assert store.truncated.tolist() == [True, False] and store.index["skipped"].size == 2
     assert store.frames[0] == count - first and len(Games([store]).frames) == 2
     assert Games([store]).frames[0] == count - first - 1
     kept = stored(store, 0)
@@ -844,7 +848,7 @@ def test_an_hdf5_game_that_is_not_done_is_cut(small, katakomba, tmp_path):
     loader = pomdp.ChunkLoader(
         Games([store]), np.array([0]), TrainConfig(device="cpu", seq_len=8), 1, 1.0, False
     )
-    assert not any(loader.batch_at(step)[0]["dones"].any() for step in range(loader.plan.steps))
+    assert not any(loader.batch_at(step)[0]["dones"].any() for step in range(loader.sampler.steps))
 
 
 # -- damaged games ---------------------------------------------------------------------------------
@@ -890,11 +894,11 @@ def test_damaged_games_are_skipped_by_name_with_any_number_of_workers(
     found, problems = pomdp.find_nld_games(root, character)
     assert sorted(game.path for game in found) == sorted(map(str, good + damaged))
     stores = []
-    monkeypatch.setattr(pomdp, "BYTES_A_WORKER", 1)
+    monkeypatch.setattr(pomdp, "BYTES_PER_WORKER", 1)
     for workers in (1, 2):
         monkeypatch.setattr(pomdp, "CORES", workers)
         pomdp.build_store(tmp_path / f"store-{workers}", found, problems, character)
-        stores.append(ChunkStore(tmp_path / f"store-{workers}", character))
+        stores.append(GameStore(tmp_path / f"store-{workers}", character))
         errors = capfd.readouterr().err
         for path in damaged:
             assert sum(f"warning: skipped {path}: " in line for line in errors.splitlines()) == 1, (
@@ -926,7 +930,7 @@ def test_several_bz2_streams_are_named_as_the_reason(small, tmp_path):
 def test_a_worker_that_was_killed_is_a_user_error(small, tmp_path, monkeypatch):
     for name, source in zip("ab", small[1]):
         add_game(tmp_path / "games", name, source)
-    monkeypatch.setattr(pomdp, "BYTES_A_WORKER", 1)
+    monkeypatch.setattr(pomdp, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr(pomdp, "CORES", 2)
     monkeypatch.setattr(pomdp, "keep_freed_memory", os.abort)  # which every worker begins with
     with pytest.raises(UserError, match=r"store_path.*terminated"):
@@ -1017,6 +1021,82 @@ def test_games_are_the_same_by_what_they_hold(small, tmp_path, monkeypatch):
     assert store_of(tmp_path / "a", tmp_path, character).index["identities"].tolist() == first
 
 
+BUILDING = """
+import sys
+import custom_nethack_pomdp as pomdp
+pomdp.BYTES_PER_WORKER, pomdp.CORES = 1, 2
+command = lambda: print(pomdp.open_or_build_store(*sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(pomdp.run_command(command))
+"""
+
+
+def children_of(pid):
+    """Process numbers, those of multiprocessing's own helper among them."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_of_a_build_end_with_it_and_the_next_build_starts_over(small, tmp_path, number):
+    character, (source, *_) = small
+    for name in range(60):
+        add_game(tmp_path / "games", str(name), source)
+    (tmp_path / "build.py").write_text(BUILDING, encoding="utf-8")
+    command = [sys.executable, "build.py", str(tmp_path / "games"), "stores", character]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    building = tmp_path / "stores"
+    while not list(building.glob(f"*/.{character}.building/frames.bin")) or (
+        len(children_of(process.pid)) < 3
+    ):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    time.sleep(1)
+    children = children_of(process.pid)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == (143 if number == signal.SIGTERM else -9), err
+    assert "Traceback" not in err
+    until = time.monotonic() + 120
+    while any(map(is_running, children)):
+        assert time.monotonic() < until, "workers outlive their parent"
+        time.sleep(0.1)
+    assert not list(building.glob(f"*/{character}"))
+
+
+def test_a_current_store_is_read_without_a_lock_or_a_write(small, tmp_path, monkeypatch):
+    """As on a file system that is mounted read-only, or while another process holds the lock."""
+    character, (source, *_) = small
+    add_game(tmp_path / "games", "a", source)
+    store = store_of(tmp_path / "games", tmp_path, character)
+    with open(store.folder.with_name(f".{character}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", None)
+            again = store_of(tmp_path / "games", tmp_path, character)
+    assert again.index["fingerprint"] == store.index["fingerprint"]
+
+
+def test_a_store_that_is_replaced_can_still_be_read_by_who_has_it_open(small, tmp_path):
+    character, (source, other, *_) = small
+    add_game(tmp_path / "games", "a", source)
+    old = store_of(tmp_path / "games", tmp_path, character)
+    before = old.block(0, 0)["tty_chars"].copy()
+    add_game(tmp_path / "games", "b", other)
+    new = store_of(tmp_path / "games", tmp_path, character)
+    assert new.folder == old.folder and len(new.frames) == 2
+    assert np.array_equal(old.block(0, 0)["tty_chars"], before)
+    last = int(old.frames[0] - 1) // pomdp.BLOCK
+    assert old.block(0, last)["tty_chars"].shape[1:] == (24, 80)
+
+
 def test_a_file_system_without_locks_costs_a_warning(small, tmp_path, monkeypatch, capsys):
     character, (source, _) = small
     add_game(tmp_path / "games", "a", source)
@@ -1042,7 +1122,7 @@ def test_a_store_of_another_version_is_refused_as_data(marked, tmp_path):
     folder = Path(shutil.copytree(marked[0].folder, tmp_path / "store"))
     np.savez(folder / "index.npz", **{**marked[0].index, "format": 4})
     with pytest.raises(UserError, match="another version"):
-        ChunkStore(folder, "mon-hum-neu")
+        GameStore(folder, "mon-hum-neu")
 
 
 def test_store_as_data_path(stores, tmp_path):
@@ -1074,7 +1154,7 @@ def test_damaged_stores_are_refused_when_opened(marked, tmp_path):
         folder = Path(shutil.copytree(marked[0].folder, tmp_path / f"store-{number}"))
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=f"the chunk store {folder} cannot be used") as raised:
-            ChunkStore(folder, "mon-hum-neu")
+            GameStore(folder, "mon-hum-neu")
         assert "\n" not in str(raised.value)
 
 
@@ -1089,7 +1169,7 @@ def test_no_flipped_bit_makes_a_wrong_frame(marked, tmp_path):
             changed = whole[place] ^ 1 << rng.randrange(8)
             (folder / name).write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
             try:
-                damaged = ChunkStore(folder, "mon-hum-neu")
+                damaged = GameStore(folder, "mon-hum-neu")
                 found = [stored(damaged, game) for game in range(len(LENGTHS))]
             except UserError as error:
                 refused += f"the chunk store {folder} cannot be used" in str(error)
@@ -1140,7 +1220,7 @@ def test_the_keys_that_quit_a_game_are_not_learned_and_it_is_cut(tmp_path, escap
     assert games.frames.tolist() == [learned] and store.frames.tolist() == [learned + 1]
     loader = loader_of(games, 1, 16, 1.0)
     counted = []
-    for step in range(loader.plan.steps):
+    for step in range(loader.sampler.steps):
         batch, _ = loader.batch_at(step)
         assert not batch["dones"].any(), "the game went on"
         counted.append(batch["actions"][:, :-1][batch["mask"][:, :-1]])

@@ -1,6 +1,7 @@
 """Evaluation: fair quotas, results that repeat to the bit, held-out games, and nothing left
 behind."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -455,11 +456,11 @@ def test_frames_of_held_out_games_are_those_asked_for(tmp_path, stores_path):
         data_path=data, store_path=str(stores_path), batch_size=4, seq_len=8, eval_episodes=0
     )
     config.eval_heldout_frames = 90
-    trainer = pomdp.Trainer(None, config)
-    trainer.open(tmp_path / "run")
-    trainer.start_logging()
-    trainer.evaluate()
-    trainer.close()
+    run = pomdp.make_run(config)
+    run.folder = tmp_path / "run"
+    run.folder.mkdir()
+    with contextlib.closing(pomdp.start_logging(config, run.folder, run.progress)) as logger:
+        pomdp.evaluate_run(run, logger)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["kind"] == "evaluation"
     assert 64 < row["heldout/frames"] <= 96 and math.isfinite(row["heldout/loss"])

@@ -30,11 +30,12 @@ def trained(stores_path, updates=6, **settings):
         device="cpu",
     )
     config.update(rnn_hidden_dim=64, batch_size=6, seq_len=8, clip_grad_norm=1.0, **settings)
-    trainer = pomdp.Trainer(None, pomdp.TrainConfig(**config))
-    batches = pomdp.read_ahead(trainer.loader.batch_at, 0)
-    losses = [float(trainer.update(batches)["loss"]) for _ in range(updates)]
-    batches.close()
-    return torch.nn.utils.parameters_to_vector(trainer.algorithm.parameters()).detach(), losses
+    run = pomdp.make_run(pomdp.TrainConfig(**config))
+    losses = []
+    for step in range(updates):
+        info = pomdp.gradient_step(run, *run.loader.batch_at(step))
+        losses.append(float(info["loss"]))
+    return torch.nn.utils.parameters_to_vector(run.algorithm.parameters()).detach(), losses
 
 
 def test_bfloat16_training_stays_close_to_float32(stores_path):

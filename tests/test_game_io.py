@@ -211,7 +211,7 @@ def test_batches_show_the_network_what_it_sees_in_the_game(recordings, stores):
     )
     loader = pomdp.ChunkLoader(pomdp.Games([store]), [number], config, 1, 1.0)
     previous = [NO_ACTION, *same_key(live.actions)]
-    for step in range(loader.plan.steps):
+    for step in range(loader.sampler.steps):
         batch, prev_actions = loader.batch_at(step)
         first = 32 * step
         for t in range(min(33, len(live.actions) - first)):

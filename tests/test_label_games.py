@@ -254,12 +254,12 @@ def test_training_takes_the_file_and_counts_labelled_frames_alone(human, labelle
     config = pomdp.parse_config(argv)
     human_games, recorded = pomdp.open_stores(config)
     loader, heldout = pomdp.load_data(config)
-    assert human_games.is_cut.all() and len(recorded.names) >= 2
+    assert human_games.truncated.all() and len(recorded.names) >= 2
     known = {name: (actions != -1).sum() for name, (_, actions) in wanted.items()}
     frames = [0, 0]
     for number, one in enumerate((loader, heldout)):
-        for step in range(one.plan.steps):
-            games = one.plan.locate(step)[0]
+        for step in range(one.sampler.steps):
+            games = one.sampler.locate(step)[0]
             mine = one.batch_at(step)[0]["mask"][:, :-1].sum(1).numpy()
             for row, game in enumerate(games):
                 if (

@@ -58,22 +58,28 @@ if __name__ == "__main__":
     sys.exit(pomdp.main(sys.argv[1:]))
 """  # noqa: E501
 SPOILED = "pomdp.ChunkLoader.batch_at = spoiled"
-# Each process writes its average, and whether anything of it was among what processes average.
-SAVED = """close, over_processes = pomdp.Trainer.close, pomdp.average
-    exchanged = set()
+# Each process writes its EMA, and whether any of it was among what processes average.
+SAVED = """reduce, close_log = pomdp.all_reduce_mean, pomdp.RunLogger.close
+    exchanged, runs = set(), []
 
     def noting(tensors, weight):
         exchanged.update(map(id, tensors))
-        over_processes(tensors, weight)
+        reduce(tensors, weight)
 
-    def saving(trainer):
-        average = trainer.algorithm.average
-        shared = not exchanged.isdisjoint(map(id, average.buffers()))
-        content = {"average": average.state_dict(), "shared": shared, "exchanged": len(exchanged)}
-        torch.save(content, f"{trainer.folder}/average-{pomdp.RANK}.pt")
-        close(trainer)
+    def making(config, make=pomdp.make_run):
+        runs.append(make(config))
+        return runs[-1]
 
-    pomdp.average, pomdp.Trainer.close = noting, saving"""
+    def saving(logger):
+        (run,) = runs
+        ema = run.algorithm.ema
+        parts = [*ema.buffers(), *ema.parameters()]
+        shared = not exchanged.isdisjoint(map(id, parts))
+        content = {"ema": ema.state_dict(), "shared": shared, "exchanged": len(exchanged)}
+        torch.save(content, f"{run.folder}/ema-{pomdp.RANK}.pt")
+        close_log(logger)
+
+    pomdp.all_reduce_mean, pomdp.make_run, pomdp.RunLogger.close = noting, making, saving"""
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +185,7 @@ def test_two_processes_learn_what_one_learns(pair):
         )
     parts = [content["rnn_states"] for content in (left, right)]
     for one, *both in zip(
-        *(part["core"] for part in (*parts[0], *parts[1]))
+        *(part["stored_state"] for part in (*parts[0], *parts[1]))
     ):  # each process has its own rows' states
         assert torch.allclose(one, torch.cat(both, dim=1), atol=1e-4)
 
@@ -200,16 +206,16 @@ def test_games_shared_out_go_as_with_one_process(pair, start, folder):
     )
 
 
-def test_the_average_is_alike_on_all_and_not_exchanged(start, folder):
-    exits, _, err = finish(start("average", SAVED, learning_rate=1e-2))
+def test_the_ema_is_alike_on_all_and_not_exchanged(start, folder):
+    exits, _, err = finish(start("ema", SAVED, learning_rate=1e-2))
     assert exits == [0, 0], err
-    run = folder / "average" / RUN
-    one, other = (torch.load(run / f"average-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert int(one["average"]["updates"]) == 5
-    assert all(torch.equal(value, other["average"][name]) for name, value in one["average"].items())
+    run = folder / "ema" / RUN
+    one, other = (torch.load(run / f"ema-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert int(one["ema"]["n_averaged"]) == 5
+    assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
     assert one["exchanged"] > 10 and not one["shared"] and not other["shared"]
-    saved = pomdp.read_checkpoint(run / "last.pt")["algorithm"]["average"]
-    assert all(torch.equal(value, saved[name]) for name, value in one["average"].items())
+    saved = pomdp.read_checkpoint(run / "last.pt")["algorithm"]["ema"]
+    assert all(torch.equal(value, saved[name]) for name, value in one["ema"].items())
 
 
 # --- they skip, stop and go on together
@@ -239,7 +245,7 @@ def test_a_gradient_that_is_not_finite_on_one_is_skipped_on_all(straight):
 
 def test_a_signal_at_one_stops_all_at_one_step_and_resuming_is_exact(start, folder, straight):
     settings = dict(eval_every=1, keep_checkpoints=True)
-    hook = f"{SPOILED}; send_the_second({int(signal.SIGTERM)}, pomdp.Trainer, 'update', 4)"
+    hook = f"{SPOILED}; send_the_second({int(signal.SIGTERM)}, pomdp, 'gradient_step', 4)"
     exits, _, err = finish(start("signal", hook, **settings))
     assert exits == [143, 143], err
     assert pomdp.read_checkpoint(folder / "signal" / RUN / "last.pt")["step"] == 4
@@ -273,7 +279,7 @@ def test_the_first_process_builds_and_its_mistake_is_one_line(start, folder, tmp
 
 def test_torchrun_starts_again_what_was_killed(start, folder, straight):
     """One of two processes is killed; the restarted run ends as the undisturbed one, to the bit."""
-    kill = f"send_the_second({int(signal.SIGKILL)}, pomdp.Trainer, 'update', 4)"
+    kill = f"send_the_second({int(signal.SIGKILL)}, pomdp, 'gradient_step', 4)"
     hook = f"{SPOILED}; os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and {kill}"
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
     exits, out, err = finish(
@@ -293,7 +299,7 @@ def test_several_processes_without_torchrun_are_one_line(tmp_path):
     ]
     quiet = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
     options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    result = subprocess.run(script, env={**quiet, "WORLD_SIZE": "2"}, **options)
+    result = subprocess.run(script, env={**quiet, "WORLD_SIZE": "2", "RANK": "0"}, **options)
     assert result.returncode == 2, result.stderr
     assert re.fullmatch("error: [^\n]*MASTER_ADDR[^\n]*torchrun\n", result.stderr)
     help_text = [*script, "--help"]

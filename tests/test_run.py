@@ -297,7 +297,9 @@ def test_best_weights_and_target_networks_and_what_is_drawn_outlive_a_stop(toy, 
     assert 1 < best <= 5 and load(run_of() / "best.pt")["step"] == best, losses
     with monkeypatch.context() as patch:
         patch.setattr(
-            pomdp.Trainer, "update", before_call(pomdp.Trainer.update, 6, stop_by(signal.SIGTERM))
+            pomdp,
+            "gradient_step",
+            before_call(pomdp.gradient_step, 6, stop_by(signal.SIGTERM)),
         )
         assert toy(**TOY_SETTINGS, name="stopped")[0] == 143
     assert toy(**TOY_SETTINGS, name="stopped", resume=True)[0] == 0
@@ -393,13 +395,13 @@ def test_a_head_that_does_not_fit_the_batch_is_one_line(small):
 def test_what_is_learned_is_not_what_is_held_out(small, stores, monkeypatch):
     """By the games that are read: for training by a thread, for the held-out loss by the main
     one."""
-    block, read = pomdp.ChunkStore.block, {True: set(), False: set()}
+    block, read = pomdp.GameStore.block, {True: set(), False: set()}
 
     def noting(store, game, number):
         read[threading.current_thread() is threading.main_thread()].add(game)
         return block(store, game, number)
 
-    monkeypatch.setattr(pomdp.ChunkStore, "block", noting)
+    monkeypatch.setattr(pomdp.GameStore, "block", noting)
     assert (
         small(game_frames=16, update_steps=8, eval_heldout_frames=10**6, heldout_share=0.3)[0] == 0
     )
@@ -463,11 +465,11 @@ def test_settings_of_training_reach_training(small):
         assert rows_of(other)[1]["loss"] != rows_of(run_of())[1]["loss"], (name, value)
 
 
-def trainer_of(stores_path, **settings):
+def made_run(stores_path, **settings):
     """On all recorded games, as `train` makes it."""
     config = dict(character=",".join(CHARACTERS), data_path=str(GAMES), store_path=str(stores_path))
     config.update(rnn_hidden_dim=16, batch_size=4, seq_len=8, device="cpu", **settings)
-    return pomdp.Trainer(None, pomdp.TrainConfig(**config))
+    return pomdp.make_run(pomdp.TrainConfig(**config))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -475,10 +477,10 @@ def test_the_seed_decides_initial_weights_and_the_order_of_games(stores_path, st
     """Each by itself: either alone would make two runs differ."""
     weights, orders = [], []
     for seed in (1, 1, 2):
-        trainer = trainer_of(stores_path, train_seed=seed)
-        weights.append(torch.nn.utils.parameters_to_vector(trainer.model.parameters()))
-        plan = trainer.loader.plan
-        orders.append([plan.locate(step)[0].tolist() for step in range(plan.steps)])
+        run = made_run(stores_path, train_seed=seed)
+        weights.append(torch.nn.utils.parameters_to_vector(run.algorithm.parameters()))
+        sampler = run.loader.sampler
+        orders.append([sampler.locate(step)[0].tolist() for step in range(sampler.steps)])
     assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
     assert orders[0] == orders[1] != orders[2]
 
@@ -488,15 +490,16 @@ def test_what_is_drawn_in_an_update_depends_on_the_process_and_on_the_step(
     stores_path, stores, monkeypatch
 ):
     """On the same batch with the same weights, at a rate of 0 in effect."""
-    trainer = trainer_of(stores_path, rnn_dropout=0.5, warmup_transitions=10**12)
-    batch = trainer.loader.batch_at(0)
-    square = trainer.model.advantage_square.clone()
+    run = made_run(stores_path, rnn_dropout=0.5, warmup_transitions=10**12)
+    batch = run.loader.batch_at(0)
+    model = run.algorithm.model
+    square = model.advantage_square.clone()
 
     def loss(rank, step):
         monkeypatch.setattr(pomdp, "RANK", rank)
-        trainer.step, trainer.rnn_states = step, {}
-        trainer.model.advantage_square = square
-        return float(trainer.update(iter([batch]))["loss_per_action"])
+        run.progress.step, run.rnn_states = step, {}
+        model.advantage_square = square
+        return float(pomdp.gradient_step(run, *batch)["loss_per_action"])
 
     losses = [loss(*place) for place in ((0, 0), (1, 0), (0, 1), (1, 1))]
     assert len(set(losses)) == 4 and loss(1, 0) == pytest.approx(losses[1], abs=1e-5)
@@ -516,14 +519,14 @@ def killed(*_):
 
 
 STOPS = {  # (what is disturbed, before which call, by what) -> exit status
-    "SIGTERM": (pomdp.Trainer, "update", 3, stop_by(signal.SIGTERM), 143),
-    "SIGINT": (pomdp.Trainer, "update", 4, stop_by(signal.SIGINT), 130),
-    "SIGHUP": (pomdp.Trainer, "update", 4, stop_by(signal.SIGHUP), 129),
-    "SIGUSR1": (pomdp.Trainer, "update", 4, stop_by(signal.SIGUSR1), 138),
-    "SIGUSR2": (pomdp.Trainer, "update", 3, stop_by(signal.SIGUSR2), 140),
+    "SIGTERM": (pomdp, "gradient_step", 3, stop_by(signal.SIGTERM), 143),
+    "SIGINT": (pomdp, "gradient_step", 4, stop_by(signal.SIGINT), 130),
+    "SIGHUP": (pomdp, "gradient_step", 4, stop_by(signal.SIGHUP), 129),
+    "SIGUSR1": (pomdp, "gradient_step", 4, stop_by(signal.SIGUSR1), 138),
+    "SIGUSR2": (pomdp, "gradient_step", 3, stop_by(signal.SIGUSR2), 140),
     "signal in the held-out loss": (pomdp.ChunkLoader, "batch_at", 6, None, 143),
-    "killed": (pomdp.Trainer, "update", 4, killed, None),
-    "killed before the first checkpoint": (pomdp.Trainer, "update", 2, killed, None),
+    "killed": (pomdp, "gradient_step", 4, killed, None),
+    "killed before the first checkpoint": (pomdp, "gradient_step", 2, killed, None),
     "killed between two names": (os, "replace", 9, killed, None),
 }
 
@@ -687,15 +690,15 @@ def test_a_start_that_fails_leaves_no_folder(small, monkeypatch):
     monkeypatch.setattr(pomdp, "describe_run", full)
     assert_user_error(small(), "cannot write")
     monkeypatch.setattr(pomdp, "describe_run", describe)
-    monkeypatch.setattr(pomdp.Trainer, "update", full)
+    monkeypatch.setattr(pomdp, "gradient_step", full)
     assert_user_error(small(), "cannot write")
     assert list(run_of().parent.iterdir()) == []
 
 
 def test_a_hang_up_is_ignored_under_nohup(small, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    update = before_call(pomdp.Trainer.update, 2, stop_by(signal.SIGHUP))
-    monkeypatch.setattr(pomdp.Trainer, "update", update)
+    update = before_call(pomdp.gradient_step, 2, stop_by(signal.SIGHUP))
+    monkeypatch.setattr(pomdp, "gradient_step", update)
     try:
         assert small()[0] == 0
     finally:
@@ -775,20 +778,24 @@ MUST_AGREE = dict(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_resume_refuses_every_setting_that_shapes_training(stores_path, stores, monkeypatch):
+def test_resume_refuses_every_setting_that_shapes_training(
+    stores_path, stores, monkeypatch, tmp_path
+):
     """Seed and characters too: they are in the folder's name, but a folder may be renamed."""
-    trainer = trainer_of(stores_path)
-    content, config = trainer.state_dict(), trainer.config
+    run = made_run(stores_path)
+    run.folder = tmp_path
+    pomdp.save_run(run)
+    content, config = load(tmp_path / "last.pt"), run.config
     for name, value in MUST_AGREE.items():
-        trainer.config = replace(config, **{name: value})
+        run.config = replace(config, **{name: value})
         with pytest.raises(pomdp.UserError, match=f"cannot resume: {name} was"):
-            trainer.load_state_dict(content)
-    trainer.config = config
+            pomdp.load_run(run, content)
+    run.config = config
     with monkeypatch.context() as patch:
         patch.setattr(pomdp, "WORLD", 2)
         with pytest.raises(pomdp.UserError, match="cannot resume: processes was 1 and is 2"):
-            trainer.load_state_dict(content)
-    trainer.load_state_dict(content)
+            pomdp.load_run(run, content)
+    pomdp.load_run(run, content)
 
 
 def test_resume_may_change_what_does_not_change_training(small):
@@ -880,26 +887,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(small):
     assert not differences(outcome(run_of()), outcome(folder))
 
 
-# --- the average of the weights: what is scored, played and kept is it
-def state_of_average(last):
-    """last.pt's content -> the average, in the order of the model's parameters."""
-    state = last["algorithm"]["average"]
-    return [state[f"weight_{number}"] for number in range(len(state) - 1)]
-
-
-def test_checkpoints_for_playing_hold_the_average_alone_and_last_holds_both(small):
+# --- the EMA of the weights: what is scored, played and kept is it
+def test_checkpoints_for_playing_hold_the_ema_alone_and_last_holds_both(small):
     settings = dict(update_steps=6, learning_rate=1e-2, keep_checkpoints=True)
     assert small(**settings)[0] == 0
     content = {name: load(run_of() / f"{name}.pt") for name in ("2", "6", "best", "last")}
     last = content["last"]
-    names = list(last["optimizer"]["state"])
-    assert int(last["algorithm"]["average"]["updates"]) == 6
-    average = state_of_average(last)
-    assert len(average) == len(names)
+    ema = last["algorithm"]["ema"]
+    assert int(ema.pop("n_averaged")) == 6
     parameters = [name for name in last["model"] if name != "advantage_square"]
-    assert len(parameters) == len(average)
-    for name, value in zip(parameters, average):
-        assert torch.equal(last["model"][name], value), name
+    assert len(parameters) == len(last["optimizer"]["state"])
+    assert ema.keys() == {f"module.{name}" for name in last["model"]}
+    for name, value in last["model"].items():
+        assert torch.equal(ema[f"module.{name}"], value), name
         assert torch.equal(content["6"]["model"][name], value), name
     learned = last["algorithm"]["model"]
     assert learned.keys() == last["model"].keys() == content["best"]["model"].keys()
@@ -912,7 +912,7 @@ def test_checkpoints_for_playing_hold_the_average_alone_and_last_holds_both(smal
     assert all(torch.equal(value, kept[name]) for name, value in best["model"].items())
     assert any(not torch.equal(content["2"]["model"][name], kept[name]) for name in parameters)
 
-    # They score as in the run; and a last.pt as its average, whatever average is asked for.
+    # They score as in the run; and a last.pt as its EMA, whatever decay is asked for.
     rows = {row["step"]: row for row in rows_of(run_of()) if "heldout/loss" in row}
     for name, step in (("2", 2), ("last", 6), ("6", 6)):
         for number, algorithm in enumerate(({}, {"algorithm": "{average_decay: 0}"})):
@@ -923,7 +923,7 @@ def test_checkpoints_for_playing_hold_the_average_alone_and_last_holds_both(smal
             assert row["heldout/loss"] == rows[step]["heldout/loss"], (name, number)
 
 
-def test_the_average_changes_what_is_scored_and_nothing_that_is_learned(small):
+def test_the_ema_changes_what_is_scored_and_nothing_that_is_learned(small):
     settings = dict(update_steps=6, learning_rate=1e-2, eval_every=3)
     assert small(**settings)[0] == 0
     assert small(**settings, name="none", algorithm="{average_decay: 0}")[0] == 0
@@ -942,6 +942,20 @@ def test_the_average_changes_what_is_scored_and_nothing_that_is_learned(small):
 
 
 # --- folders
+def test_names_of_runs_stay_short(small):
+    """All 38 characters: a folder's name may have 255 bytes; two lists have two names."""
+    every = list(pomdp.AUTOASCEND_MEAN_SCORE)
+    names = [
+        pomdp.run_name(pomdp.TrainConfig(character=",".join(few))) for few in (every, every[1:])
+    ]
+    assert re.fullmatch(r"custom-arc-dwa-law\+37more-[0-9a-f]{8}-seed42", names[0])
+    assert "arc-gno-neu+36more-" in names[1] and len(set(names)) == 2
+    three = pomdp.run_name(pomdp.TrainConfig())
+    assert three == f"custom-{MONK}+{VALKYRIE}+{RANGER}-seed42"
+    assert_user_error(small(name="x" * 250, store_path="stores"), "--name is too long")
+    assert not Path("stores").exists(), "known before stores are built"
+
+
 def test_without_resume_nothing_is_ever_overwritten(small):
     for _ in range(2):
         assert small(update_steps=1)[0] == 0
@@ -965,13 +979,13 @@ def test_folders_that_cannot_be_written(small):
 
 def test_a_run_in_progress_is_not_resumed_by_another(small, monkeypatch):
     """Two processes in one folder would mix their rows and checkpoints."""
-    results, update = [], pomdp.Trainer.update
+    results, update = [], pomdp.gradient_step
 
     def second(*_):
-        monkeypatch.setattr(pomdp.Trainer, "update", update)
+        monkeypatch.setattr(pomdp, "gradient_step", update)
         results.append(small(resume=True))
 
-    monkeypatch.setattr(pomdp.Trainer, "update", before_call(update, 3, second))
+    monkeypatch.setattr(pomdp, "gradient_step", before_call(update, 3, second))
     assert small()[0] == 0
     assert_user_error(results[0], "in use")
 

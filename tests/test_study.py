@@ -265,7 +265,7 @@ WRONG = [  # old and new text, or an option, and what the line says
     (
         "_rate: 1.0e-5",
         "_rat: 1.0e-5",
-        "arm slow: unrecognized arguments: --learning_rat=1e-05; did you mean",
+        "arm slow: unknown setting --learning_rat=1e-05; did you mean",
     ),
     ("burn_in", "burnin", "arm slow: algorithm: unknown setting 'burnin'"),
     (ARGMAX, "gamma: 1, ", "arm ours: evaluation argmax takes eval_processes"),
@@ -277,7 +277,7 @@ WRONG = [  # old and new text, or an option, and what the line says
         "arm slow: its name takes letters, digits and _ . + -, its settings",
     ),
     ("games: 3", "games: 0", "arm slow: games, eval_heldout_frames"),
-    (SLOW, "submission: nowhere.py", "arm slow: [Errno 2] No such file or directory: 'nowhere.py'"),
+    (SLOW, "submission: nowhere.py", "arm slow: [Errno 2] No such file or directory: '/"),
     ("[100, 300]", "[300, 300]", "phases takes rising multiples of 100"),
     (
         SLOW,

@@ -214,7 +214,7 @@ def test_returns_reach_to_the_end_of_the_game(games):
     loader = blind_value.LoaderWithReturns(games, chosen, config(gamma=0.9), 1, 2.0)
     rewards = loader.rewards_of(*games.in_store[chosen[0]])
     assert rewards.any()
-    for step in range(loader.plan.steps):
+    for step in range(loader.sampler.steps):
         first = step * loader.config.seq_len
         row = loader.batch_at(step)[0]["returns"][0]
         for t in range(first, min(first + len(row), len(rewards))):

@@ -83,9 +83,10 @@ class OfflineAlgorithm(ours.OfflineAlgorithm):
 
     def train_step(self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Any) -> Any:
         self.returns = batch["returns"][:, :-1]
-        self.model.numbers = status_numbers(batch["blstats"])
+        model = self.model.acting_model()
+        model.numbers = status_numbers(batch["blstats"])
         result = super().train_step(batch, prev_actions, rnn_states)
-        self.model.numbers = None
+        model.numbers = None
         return result
 
     def _targets(self, rewards: Tensor, dones: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ class Model(ours.Model):
         shared = self.shared(F.layer_norm(core_output.float(), core_output.shape[-1:]))
         self.bin_logits = self.value(shared).float()  # kept for the loss
         centres = LOW + (torch.arange(BINS, device=shared.device) + 0.5) * (HIGH - LOW) / BINS
-        logits = self.policy(shared) + self.named(shared) * ours.named_keys(tty_chars, self.keys)
+        logits = self.policy(shared) + self.named(shared) * ours.prompt_options(
+            tty_chars, self.keys
+        )
         return logits.float(), self.bin_logits.softmax(-1) @ centres
 
 
@@ -40,5 +42,5 @@ class OfflineAlgorithm(ours.OfflineAlgorithm):
     model: Model
 
     def _value_loss(self, values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        log_probs = F.log_softmax(self.model.bin_logits[:, :-1], dim=-1)
+        log_probs = F.log_softmax(self.model.acting_model().bin_logits[:, :-1], dim=-1)
         return ours.masked_mean(-(target_bins(targets) * log_probs).sum(-1), mask)

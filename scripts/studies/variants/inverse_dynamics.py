@@ -50,7 +50,7 @@ class Model(ours.Model):
             moved = self.moved(steps[..., 0] * SIDE + steps[..., 1])
             seen = F.layer_norm(after[..., :-2], after[..., :-2].shape[-1:])
             shared = F.relu(self.shared[0](seen) + moved)
-            logits = self.policy(shared) + self.named(shared) * ours.named_keys(
+            logits = self.policy(shared) + self.named(shared) * ours.prompt_options(
                 tty_chars, self.keys
             )
             return logits, self.value(shared).squeeze(-1)

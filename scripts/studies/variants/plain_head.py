@@ -10,7 +10,9 @@ import custom_nethack_pomdp as ours
 class Model(ours.Model):
     def head(self, core_output: Tensor, tty_chars: Tensor) -> Tuple[Tensor, Tensor]:
         shared = self.shared(core_output)
-        logits = self.policy(shared) + self.named(shared) * ours.named_keys(tty_chars, self.keys)
+        logits = self.policy(shared) + self.named(shared) * ours.prompt_options(
+            tty_chars, self.keys
+        )
         return logits.float(), self.value(shared).float().squeeze(-1)
 
 
