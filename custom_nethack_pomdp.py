@@ -20,12 +20,16 @@ last three.
     tty_chars   [B, T+1, 24, 80]  uint8    characters on the terminal
     tty_colors  [B, T+1, 24, 80]  int8     colours 0..31 (bit 16: inverse video)
     tty_cursor  [B, T+1, 2]       uint8    row and column of the cursor
-    actions     [B, T+1]          int64    index into nle.nethack.ACTIONS
+    actions     [B, T+1]          int64    index into nle.nethack.ACTIONS; 121 where unknown
     rewards     [B, T+1]          float32  score[t+1] - score[t], over the reward scale, clipped
     dones       [B, T+1]          bool     the player's last frame of a game
     blstats     [B, T+1, 27]      int32    NLE's bottom-line statistics as read off the status lines
-    mask        [B, T+1]          bool     the frame counts: not padding, and its key is an action
+    mask        [B, T+1]          bool     in play: not padding, not behind a truncation
     starts      [B]               bool     the row's first frame does not follow the batch before
+
+An action is unknown where the keypress is not an action, as in human games without labels. Rewards
+and values are real there, so the value learns from every frame in play; the policy learns from
+those with a known action (mask & (actions < 121)).
 
 Beside the batch goes prev_actions [B, 1] int64: the action before the first frame, or NO_ACTION.
 """
@@ -908,8 +912,10 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def all_reduce_mean(tensors: Sequence[Tensor], weight: Tensor) -> None:
-    """Each tensor becomes its mean over the processes, weighted by their counting frames: the
-    gradient of a masked mean is then the one over all rows, to rounding. What an algorithm
+    """Each tensor becomes its mean over the processes, weighted by their known actions: the
+    gradient of the policy's mean is then the one over all rows, to rounding. The value's mean is
+    over frames in play; its gradient is exact where the processes have equal fractions of known
+    actions among them, as where all are known. What an algorithm
     normalises, it normalises in each process's rows."""
     if WORLD > 1:
         total = weight.clone()
@@ -1727,7 +1733,8 @@ class ChunkLoader:
         filled = slice(0, stop - first)
         batch["dones"][row, stop - first - 1] = stop == length and not store.truncated[number]
         batch["rewards"][row, filled] = self.rewards_of(store, number)[first:stop]
-        # Frames beyond a cut do not count, but the values before it are bootstrapped from them.
+        # Frames beyond a truncation are not in play, but values before it are bootstrapped from
+        # them.
         batch["mask"][row, : min(stop, self.games.frames[game]) - first] = True
 
     def batch_at(self, step: int) -> Tuple[Batch, Tensor]:
@@ -1747,7 +1754,7 @@ class ChunkLoader:
         arrays["previous"] = np.full(self.batch_size, UNKNOWN_KEY)
         for row in np.flatnonzero(games >= 0):
             self._fill_row(arrays, row, self.chosen[games[row]], int(first_frames[row]))
-        arrays["mask"] &= arrays["actions"] != UNKNOWN_KEY
+        arrays["actions"][arrays["actions"] == UNKNOWN_KEY] = NO_ACTION
         arrays["actions"][~arrays["mask"]] = 0
         batch["starts"] = torch.from_numpy(starts.copy())
         none = starts | (arrays["previous"] == UNKNOWN_KEY)
@@ -2171,7 +2178,7 @@ def lambda_returns(
     rewards: Tensor, dones: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> Tensor:
     """TD(lambda) targets: G_t = r_t + gamma (1 - d_t) ((1 - lam) v_{t+1} + lam G_{t+1}), G_T = v_T.
-    Where a frame does not count, as behind a cut, G_t = v_t.
+    Where a frame is not in play, as behind a truncation, G_t = v_t.
 
     rewards, dones, mask [B, T] float; values [B, T + 1] float (no gradient flows through the
     result). Returns [B, T].
@@ -2369,6 +2376,7 @@ class OfflineAlgorithm:
     """
 
     model_class = Model
+    accepts_unknown_actions = True
 
     def __init__(self, backbone: nn.Module, config: Any, device: str) -> None:
         self.hyper = awr_config(getattr(config, "algorithm", {}))
@@ -2397,7 +2405,7 @@ class OfflineAlgorithm:
 
         batch [B, T + 1, ...]; prev_actions [B, 1]: the action before the first frame; rnn_states:
         {} at first. Games may begin anywhere in a chunk. Without our loader's `mask` every frame
-        counts, and without its `starts` a game begins at frame 0 if the chunk before ended one.
+        is in play, and without its `starts` a game begins at frame 0 if the chunk before ended one.
         """
         B, frames = batch["actions"].shape
         shapes = {name: (B, frames, *batch[name].shape[2:]) for name in self.model.observations}
@@ -2408,14 +2416,15 @@ class OfflineAlgorithm:
         check_shape("prev_actions", prev_actions, (B, 1))
         actions = batch["actions"].long()
         T = frames - 1
-        counts = batch.get("mask", torch.ones_like(actions)) > 0  # [B, T + 1]
+        in_play = batch.get("mask", torch.ones_like(actions)) > 0  # [B, T + 1]
+        known = in_play & (actions < self.model.backbone.num_actions)
         ended = batch["dones"] > 0
         begun: Tensor = rnn_states.get("ended", torch.ones_like(ended[:, 0]))
         begun = batch.get("starts", begun)
         # A game's end is followed by the next game or by padding. Padding needs no clean state, and
         # each place where one is cleared is a further call of the backbone.
-        begins = torch.cat([begun[:, None], ended[:, :-1] & counts[:, 1:]], dim=1)
-        previous = actions[:, :-1].masked_fill(~counts[:, :-1], self.model.no_action)
+        begins = torch.cat([begun[:, None], ended[:, :-1] & in_play[:, 1:]], dim=1)
+        previous = actions[:, :-1].masked_fill(~known[:, :-1], self.model.no_action)
         previous = torch.cat([prev_actions.long(), previous], dim=1)
         inputs = {name: batch[name] for name in self.model.observations}
         inputs["prev_actions"] = previous.masked_fill(begins, self.model.no_action)
@@ -2429,10 +2438,11 @@ class OfflineAlgorithm:
         loss, info = self._loss(
             logits[:, :T],
             values,
-            actions[:, :T],
+            actions[:, :T].masked_fill(~known[:, :T], 0),
             batch["rewards"].float()[:, :T],
             ended.float()[:, :T],
-            counts.float()[:, :T],
+            in_play.float()[:, :T],
+            known.float()[:, :T],
         )
 
         new_states: States = {"ended": ended[:, T - 1]}
@@ -2491,23 +2501,26 @@ class OfflineAlgorithm:
         rewards: Tensor,
         dones: Tensor,
         mask: Tensor,
+        known: Tensor,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """logits [B, T, A], values [B, T + 1]; actions, rewards, dones, mask [B, T] -> loss [],
-        metrics."""
+        """logits [B, T, A], values [B, T + 1]; actions (0 where unknown), rewards, dones, mask (in
+        play) and known (in play, with a known action) [B, T] -> loss [], metrics."""
         targets = self._targets(rewards, dones, values, mask)
         advantages = targets - values[:, :-1].detach()
-        weights, clipped = self._weights(advantages, mask)
+        weights, clipped = self._weights(advantages, known)
         log_probs = F.log_softmax(logits, dim=-1)
         nll = -log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # [B, T] nats
-        policy_loss = self._policy_loss(nll, weights, mask)
+        policy_loss = self._policy_loss(nll, weights, known)
         value_loss = self._value_loss(values[:, :-1], targets, mask)
         loss = policy_loss + self.hyper.value_coef * value_loss
         info = {
             "loss": loss.detach(),
             "policy_loss": policy_loss.detach(),
             "value_loss": value_loss.detach(),
-            "loss_per_action": masked_mean(nll.detach(), mask),
-            **self._metrics(log_probs, actions, weights, mask),
+            "loss_per_action": masked_mean(nll.detach(), known),
+            **self._metrics(log_probs, actions, weights, known),
+            "known_actions": known.mean(),
+            "frames_in_play": mask.mean(),
             "value_mean": masked_mean(values[:, :-1].detach(), mask),
             "weight_clipped": clipped,
         }
@@ -2517,18 +2530,18 @@ class OfflineAlgorithm:
         """What the value learns, [B, T]."""
         return lambda_returns(rewards, dones, values, mask, self.gamma, self.hyper.lam)
 
-    def _weights(self, advantages: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
-        """Of each frame in the policy's loss, [B, T], and the share [] clipped."""
+    def _weights(self, advantages: Tensor, known: Tensor) -> Tuple[Tensor, Tensor]:
+        """Weights of the frames in the policy's loss, [B, T], and the clipped fraction []."""
         model = self.model
         if torch.is_grad_enabled():  # held-out games must leave no trace
-            square = masked_mean(advantages**2, mask)
+            square = masked_mean(advantages**2, known)
             running = torch.lerp(model.advantage_square, square, self.hyper.scale_rate)
             model.advantage_square = torch.where(model.advantage_square > 0, running, square)
-        return advantage_weights(advantages, mask, model.advantage_square.sqrt(), self.hyper)
+        return advantage_weights(advantages, known, model.advantage_square.sqrt(), self.hyper)
 
-    def _policy_loss(self, nll: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    def _policy_loss(self, nll: Tensor, weights: Tensor, known: Tensor) -> Tensor:
         """-E[w log pi(a|s)] (AWR, arXiv 1910.00177, equation 7)."""
-        return masked_mean(weights * nll, mask)
+        return masked_mean(weights * nll, known)
 
     def _value_loss(self, values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """The squared error up to 1, linear beyond (Huber). The benchmark divides its first rewards
@@ -2537,17 +2550,16 @@ class OfflineAlgorithm:
         return masked_mean(2.0 * F.huber_loss(values, targets, reduction="none"), mask)
 
     @torch.no_grad()
-    def _metrics(self, log_probs: Tensor, actions: Tensor, weights: Tensor, mask: Tensor) -> Any:
+    def _metrics(self, log_probs: Tensor, actions: Tensor, weights: Tensor, known: Tensor) -> Any:
         correct = (log_probs.argmax(dim=-1) == actions).float()
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
         effective = weights.sum() ** 2 / (weights**2).sum().clamp(min=1e-6)
         return {
-            "accuracy": masked_mean(correct, mask),
-            "entropy": masked_mean(entropy, mask),
+            "accuracy": masked_mean(correct, known),
+            "entropy": masked_mean(entropy, known),
             "advantage_scale": self.model.advantage_square.sqrt(),
             "weight_max": weights.max(),
-            "effective_sample_size": effective / mask.sum().clamp(min=1.0),
-            "counting_frames": mask.mean(),
+            "effective_sample_size": effective / known.sum().clamp(min=1.0),
         }
 
 
@@ -2559,6 +2571,23 @@ class OfflineAlgorithm:
 # ==================================================================================================
 # Evaluation on held-out games
 # ==================================================================================================
+def known_actions(batch: Batch) -> Tensor:
+    """bool [B, T]: frames in play whose action is known."""
+    return batch["mask"][:, :-1] & (batch["actions"][:, :-1] < NUM_ACTIONS)
+
+
+def check_actions(algorithm: Any, loader: ChunkLoader) -> None:
+    """Raises UserError where games have unknown actions and the algorithm does not say that it
+    expects them: it would use 121 as the index of an action."""
+    unknown = sum(int(store.index["unknown_keys"].sum()) for store in loader.games.stores)
+    if unknown and not getattr(algorithm, "accepts_unknown_actions", False):
+        raise UserError(
+            f"the games have {unknown:,} frames without a known action, which the algorithm does "
+            "not handle: let it skip frames with actions >= 121 and set accepts_unknown_actions = "
+            "True in its class"
+        )
+
+
 def call_train_step(
     algorithm: Any, batch: Batch, prev_actions: Any, rnn_states: Any, precision: Any
 ) -> Tuple[Tensor, Any, Metrics]:
@@ -2580,23 +2609,24 @@ def evaluate_heldout(
     device: torch.device,
     precision: Optional[torch.dtype] = None,
 ) -> Metrics:
-    """Means over frames of the metrics of the algorithm's own train_step over held-out chunks."""
+    """Means of the metrics of the algorithm's own train_step over held-out chunks: of those named
+    value_... over frames in play, of all others over known actions, whose number is `frames`."""
     rnn_states: Any = {}
     sums: Metrics = {}
     algorithm.model.eval()
     steps = min(
         loader.sampler.steps, -(-max_frames // (loader.sampler.rows * loader.config.seq_len))
     )
-    for step in progress_bar(
-        iterable=range(steps), desc="held-out games", unit="batch", leave=False
-    ):
+    bar = progress_bar(iterable=range(steps), desc="held-out games", unit="batch", leave=False)
+    for step in bar:
         stop_if_asked()
         batch, prev_actions = to_device(loader.batch_at(step), device)
-        mask = batch["mask"][:, :-1]
         _, rnn_states, info = call_train_step(algorithm, batch, prev_actions, rnn_states, precision)
-        frames = float(mask.sum())
-        terms = {name: float(value) * frames for name, value in info.items()}
-        terms["frames"] = frames
+        frames = float(known_actions(batch).sum())
+        frames_in_play = float(batch["mask"][:, :-1].sum())
+        terms = {"frames": frames, "value_frames": frames_in_play}
+        for name, value in info.items():
+            terms[name] = float(value) * (frames_in_play if is_of_value(name) else frames)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term
     algorithm.model.train()
@@ -2604,8 +2634,15 @@ def evaluate_heldout(
     parts = gather(sums)
     total = {name: sum(part[name] for part in parts) for name in sums}
     frames = total.pop("frames")
-    means = {name: term / max(frames, 1.0) for name, term in total.items()}
+    frames_in_play = total.pop("value_frames")
+    means: Metrics = {}
+    for name, term in total.items():
+        means[name] = term / max(frames_in_play if is_of_value(name) else frames, 1.0)
     return {**means, "frames": frames}
+
+
+def is_of_value(name: str) -> bool:
+    return name.startswith("value_")
 
 
 # ==================================================================================================
@@ -3255,6 +3292,7 @@ def make_run(config: TrainConfig) -> Run:
     set_seed(config.train_seed)
     algorithm = start_algorithm(config, device)
     loader, heldout = load_data(config)
+    check_actions(algorithm, loader)
     return Run(
         config=config,
         device=device,
@@ -3375,7 +3413,7 @@ def gradient_step(run: Run, batch: Batch, prev_actions: Tensor) -> Metrics:
     tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
     buffers = run.algorithm.model.buffers()
     tensors += [buffer for buffer in buffers if buffer.is_floating_point()]
-    all_reduce_mean(tensors, batch["mask"][:, :-1].sum())
+    all_reduce_mean(tensors, known_actions(batch).sum())
     limit = run.config.clip_grad_norm or math.inf
     norm = nn.utils.clip_grad_norm_(run.algorithm.parameters(), limit)
     if math.isfinite(float(norm)):  # on a GPU this waits for all its work
@@ -3558,7 +3596,10 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
     first = expand(config.checkpoints_path or str(path.parent)) / f"{path.stem}-evaluation"
     with ExitStack() as stack:
         stack.enter_context(process_group(choose_device(config)))
-        heldout = load_data(config)[1] if config.data_path else None
+        heldout = None
+        if config.data_path:
+            loader, heldout = load_data(config)
+            check_actions(algorithm, loader)
         folder = stack.enter_context(run_folder(first))
         logger = start_logging(config, folder, Progress(step))
         stack.callback(logger.close)

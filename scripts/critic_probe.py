@@ -126,7 +126,7 @@ def run_lstm(
     state = None
     for step in range(loader.sampler.steps):
         batch, prev_actions = pomdp.to_device(loader.batch_at(step), device)
-        counts = batch["mask"][:, :-1]
+        counts = pomdp.known_actions(batch)
         actions = batch["actions"][:, :-1]
         previous = actions.masked_fill(~counts, backbone.no_action)
         inputs = {name: batch[name][:, :-1].contiguous() for name in backbone.observations}

@@ -418,7 +418,7 @@ def test_burn_in_gets_no_gradient_and_no_loss():
     assert calls[0] == (3, False) and all(
         enabled for _, enabled in calls[1:]
     )  # the tail first, without gradient
-    assert sum(length for length, _ in calls[1:]) == 7 and info["counting_frames"] == 1.0
+    assert sum(length for length, _ in calls[1:]) == 7 and info["known_actions"] == 1.0
     shifted = {name: part.roll(1, dims=0) for name, part in states["burn_in_frames"].items()}
     assert step(algorithm, second, {**states, "burn_in_frames": shifted})[0].item() != loss.item()
 
@@ -528,7 +528,7 @@ def test_padding_and_masked_frames_carry_no_loss_and_no_gradient():
     batch = random_batch(starts=[True] * ROWS)
     batch["mask"][:, 4:] = False
     batch["dones"][:, 3] = True  # the game ends; what follows is padding
-    batch["mask"][1, 1] = False  # a key that is no action
+    batch["mask"][1, 1] = False  # out of play
     other = random_batch(seed=9, starts=[True] * ROWS)
     garbage = {name: value.clone() for name, value in batch.items()}
     for name in (*pomdp.OBSERVATIONS, "actions", "rewards"):
@@ -544,6 +544,77 @@ def test_padding_and_masked_frames_carry_no_loss_and_no_gradient():
     torch.testing.assert_close(gradients(garbage), gradients(batch), rtol=1e-4, atol=1e-6)
     batch["mask"][:] = False
     assert not any(part.any() for part in gradients(batch))  # a wholly padded chunk
+
+
+class Watched(pomdp.OfflineAlgorithm):
+    """Keeps what its losses are made of."""
+
+    def _loss(self, logits, values, *others):
+        logits.retain_grad()
+        self.logits, self.values = logits, values.detach()
+        return super()._loss(logits, values, *others)
+
+    def _value_loss(self, values, targets, mask):
+        self.targets = targets
+        return super()._value_loss(values, targets, mask)
+
+
+def watched(**settings):
+    torch.manual_seed(0)
+    config = pomdp.TrainConfig(rnn_hidden_dim=HIDDEN, algorithm={"head_dim": 24, **settings})
+    return Watched(small_backbone(), config, "cpu")
+
+
+def test_frames_without_a_known_action_teach_the_value_and_not_the_policy():
+    """Before, between and behind them: their rewards are real."""
+    batch = random_batch(starts=[True] * ROWS)
+    batch["actions"][0, 2:5] = pomdp.NO_ACTION
+    batch["actions"][1, 0] = batch["actions"][2, 5] = pomdp.NO_ACTION
+    known = (batch["actions"] < pomdp.NUM_ACTIONS)[:, :-1]
+    algorithm = watched(value_coef=0.0, lam=0.7)
+    loss, _, info = step(algorithm, batch)
+    loss.backward()
+    targets = algorithm.values[:, -1]
+    for t in range(5, -1, -1):  # the loop written out, through all frames
+        following = 0.3 * algorithm.values[:, t + 1] + 0.7 * targets
+        targets = batch["rewards"][:, t] + 0.999 * (~batch["dones"][:, t]) * following
+        torch.testing.assert_close(algorithm.targets[:, t], targets)
+    moved = (algorithm.logits.grad != 0).any(dim=-1)
+    assert torch.equal(moved, known)
+    assert info["known_actions"] == pytest.approx(known.float().mean().item())
+    assert info["frames_in_play"] == 1.0
+    # Which action an unknown one stands for does not matter, nor what it would have been.
+    nll = F.cross_entropy(
+        algorithm.logits.detach()[known], batch["actions"][:, :-1][known], reduction="mean"
+    )
+    assert info["loss_per_action"].item() == pytest.approx(nll.item(), rel=1e-5)
+    errors = F.huber_loss(algorithm.values[:, :-1], algorithm.targets, reduction="none")
+    assert info["value_loss"].item() == pytest.approx(2 * errors.mean().item(), rel=1e-5)
+    square = ((algorithm.targets - algorithm.values[:, :-1]) ** 2)[known].mean()
+    assert algorithm.model.advantage_square.item() == pytest.approx(square.item(), rel=1e-5)
+
+
+def test_an_unknown_action_is_no_previous_action():
+    batch = random_batch(starts=[True] * ROWS)
+    batch["actions"][0, 2] = pomdp.NO_ACTION
+    algorithm, seen = small_algorithm(), []
+    algorithm.model.backbone.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0]["prev_actions"])
+    )
+    step(algorithm, batch)
+    previous = torch.cat(seen, dim=1)
+    assert previous[0, 3] == pomdp.NO_ACTION
+    assert torch.equal(previous[1, 1:], batch["actions"][1, :-1])
+
+
+def test_behind_a_truncation_values_are_bootstrapped_from_the_frame_after_it():
+    batch = random_batch(starts=[True] * ROWS)
+    batch["dones"][:] = False
+    batch["mask"][:, 4:] = False  # frame 4 is the one after the cut
+    algorithm = watched(lam=1.0)
+    step(algorithm, batch)
+    expected = batch["rewards"][:, 3] + 0.999 * algorithm.values[:, 4]
+    torch.testing.assert_close(algorithm.targets[:, 3], expected)
 
 
 def test_one_batch_can_be_overfitted():

@@ -366,16 +366,15 @@ def test_batches(marked, rows, seq_len, game_frames, shuffle, gamma, clip_range)
                 g, first = int(game[row, 0]), int(frame[row, 0])
                 order.append((g, first))
                 content, n, part = expected[g], LENGTHS[g], slice(first, first + real)
-                counts = content["known"] & (np.arange(n) < limits[g])
+                counts = np.arange(n) < limits[g]
+                actions = np.where(content["known"], content["actions"], NO_ACTION)
                 assert (game[row, :real] == g).all() and (
                     frame[row, :real] == first + np.arange(real)
                 ).all()
                 assert real == min(seq_len + 1, n - first) and first < limits[g]
                 for name in SCREEN:
                     assert (batch[name][row, :real] == content[name][part]).all(), name
-                assert (
-                    batch["actions"][row, :real] == np.where(counts, content["actions"], 0)[part]
-                ).all()
+                assert (batch["actions"][row, :real] == np.where(counts, actions, 0)[part]).all()
                 assert (batch["mask"][row, :real] == counts[part]).all()
                 assert (batch["dones"][row, :real] == (np.arange(n) == n - 1)[part]).all()
                 assert batch["rewards"][row, :real] == pytest.approx(rewards[g][part], rel=1e-6)
@@ -390,7 +389,7 @@ def test_batches(marked, rows, seq_len, game_frames, shuffle, gamma, clip_range)
                 counted[g][first : first + seq_len] += batch["mask"][row, :seq_len][: n - first]
             before = game[:, seq_len], frame[:, seq_len]
         for times, content, limit in zip(counted, expected, limits):
-            assert (times == content["known"] * (np.arange(len(times)) < limit)).all()
+            assert (times == (np.arange(len(times)) < limit)).all()
         orders.append(order)
     assert (orders[0] != orders[1]) == shuffle  # a new order each pass; held-out games in their own
 
@@ -563,7 +562,7 @@ def test_held_out_games_are_chosen_by_their_names_alone(stores):
 
 
 # -- keys that are no action -----------------------------------------------------------------------
-def test_keys_that_are_no_action_are_masked_and_never_a_previous_action(small, tmp_path):
+def test_keys_that_are_no_action_are_unknown_and_never_a_previous_action(small, tmp_path):
     """A recording whose player pressed keys that are none of the 121 actions. The rewards are there
     all the same, and the network sees the same previous actions wherever chunks are cut."""
     character, (source, _) = small
@@ -590,12 +589,16 @@ def test_keys_that_are_no_action_are_masked_and_never_a_previous_action(small, t
         seen.append(inputs["prev_actions"]) or torch.zeros(1, seen[-1].shape[1], 1)
     )
     algorithm.model.backbone.encode = encode
-    rewards, actions = np.append(np.diff(known.scores), 0), np.where(counts, known.actions, 0)
+    rewards, actions = (
+        np.append(np.diff(known.scores), 0),
+        np.where(counts, known.actions, NO_ACTION),
+    )
     for seq_len in (n, 11, 1):
         loader, states = loader_of(Games([store]), 1, seq_len, clip_range=1e9), {}
         for step in range(min(loader.sampler.steps, 30)):
             batch, part = batch_of(loader, step), slice(step * seq_len, (step + 1) * seq_len)
-            for name, expected in (("mask", counts), ("actions", actions), ("rewards", rewards)):
+            in_play = np.ones(n, bool)
+            for name, expected in (("mask", in_play), ("actions", actions), ("rewards", rewards)):
                 assert (
                     batch[name][0, :seq_len][: n - part.start].numpy() == expected[part]
                 ).all(), name

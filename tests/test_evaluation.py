@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -430,6 +431,31 @@ def test_held_out_chunks_follow_one_another_and_means_are_over_frames(games):
     assert pomdp.evaluate_heldout(Counting(), loader, 10**9, CPU)["frames"] == sum(
         games.frames[::3]
     )
+
+
+def test_held_out_means_are_over_known_actions_and_the_value_s_over_frames_in_play():
+    """Two batches: one of 8 frames in play with 2 known actions, one of 4 with 4."""
+
+    class Reporting(Counting):
+        def train_step(self, batch, prev_actions, states):
+            _, states, _ = super().train_step(batch, prev_actions, states)
+            number = torch.tensor(float(len(self.calls)))
+            return number, states, {"loss_per_action": number, "value_loss": number}
+
+    class Loader:
+        sampler = types.SimpleNamespace(steps=2, rows=1)
+        config = types.SimpleNamespace(seq_len=8)
+
+        def batch_at(self, step):
+            mask = torch.arange(9)[None] < (9, 4)[step]
+            known = torch.arange(9)[None] < (2, 4)[step]
+            actions = torch.where(known, 5, pomdp.NO_ACTION)
+            return {"mask": mask, "actions": actions}, torch.zeros(1, 1, dtype=torch.long)
+
+    means = pomdp.evaluate_heldout(Reporting(), Loader(), 16, CPU)
+    assert means["frames"] == 6
+    assert means["loss_per_action"] == pytest.approx((2 * 1 + 4 * 2) / 6)
+    assert means["value_loss"] == pytest.approx((8 * 1 + 4 * 2) / 12)
 
 
 def test_held_out_games_leave_no_trace_and_are_scored_without_dropout(games):

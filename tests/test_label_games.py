@@ -260,7 +260,7 @@ def test_training_takes_the_file_and_counts_labelled_frames_alone(human, labelle
     for number, one in enumerate((loader, heldout)):
         for step in range(one.sampler.steps):
             games = one.sampler.locate(step)[0]
-            mine = one.batch_at(step)[0]["mask"][:, :-1].sum(1).numpy()
+            mine = pomdp.known_actions(one.batch_at(step)[0]).sum(1).numpy()
             for row, game in enumerate(games):
                 if (
                     game >= 0

@@ -170,7 +170,7 @@ def test_two_processes_learn_what_one_learns(pair):
     for name, weights in left["model"].items():
         assert torch.allclose(weights, right["model"][name], rtol=0, atol=1e-5), name
     rows = rows_of(pair[0])
-    assert rows[2]["train/counting_frames"] == 28 / 32, "all rows count alike: this shows nothing"
+    assert rows[2]["train/known_actions"] == 28 / 32, "all rows count alike: this shows nothing"
     names = ["step", "transitions", "train/grad_norm", "train/learning_rate"]
     names += [f"heldout/{name}" for name in ("loss_per_action", "accuracy", "frames")]
     for row, other in zip(rows, rows_of(pair[1])):

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -1069,6 +1070,34 @@ def test_the_readme_s_idea_learns(small):
     assert own["train/value_loss"] != other["train/value_loss"]
     weights = torch.load(run_of("idea") / "best.pt")["model"]
     assert weights["value.2.weight"].shape == (1, 32)
+
+
+def test_unknown_actions_are_refused_for_an_algorithm_that_does_not_expect_them(toy, stores_path):
+    """It would use 121 as an index, which fails in a gather, on a GPU with another's message."""
+    (source, *_), _ = pomdp.find_nld_games(GAMES, MONK)
+    frames = pomdp.read_ttyrec(source.path)
+    path = Path(f"data-{MONK}-any.hdf5")
+    actions = np.where(frames.actions == 255, -1, frames.actions).astype(np.int16)
+    actions[100:103] = -1
+    with h5py.File(path, "w") as file:
+        for name in ("a", "b"):
+            group = file.create_group(name)
+            planes = dict(tty_chars=frames.chars, tty_colors=frames.colors, actions=actions)
+            planes.update(tty_cursor=frames.cursor, rewards=np.append(np.diff(frames.scores), 0))
+            for plane, values in planes.items():
+                group[plane] = values
+    unknown = dict(data_path=path, store_path="stores", update_steps=2)
+    refused = toy(submission="toy.py", **unknown)
+    assert_user_error(refused, "6 frames without a known action.*accepts_unknown_actions")
+    text = TOY.replace(
+        "class OfflineAlgorithm:", "class OfflineAlgorithm:\n    accepts_unknown_actions = True"
+    )
+    Path("toy.py").write_text(text, encoding="utf-8")
+    assert toy(submission="toy.py", **unknown)[0] == 0
+    assert toy(name="own", **unknown)[0] == 0
+    for name in ("bc", "cql", "iql"):
+        reference = ROOT / "scripts" / "references" / f"{name}.py"
+        assert toy(submission=reference, name=name, **unknown)[0] == 0
 
 
 def test_a_submission_need_not_report_anything(toy):

@@ -40,6 +40,8 @@ class Model(nn.Module):
 
 
 class OfflineAlgorithm:
+    accepts_unknown_actions = True
+
     def __init__(self, backbone: Any, config: Any, device: str) -> None:
         self.model = Model(backbone).to(device)
 
@@ -53,11 +55,14 @@ class OfflineAlgorithm:
         self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Dict[str, Any]
     ) -> Tuple[Any, ...]:
         actions = batch["actions"][:, :-1].long()  # [B, T]
-        counts = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1].float()
+        known = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1] > 0
+        known &= actions < self.model.backbone.num_actions
+        counts = known.float()
         inputs = {name: batch[name][:, :-1].contiguous() for name in OBSERVATIONS if name in batch}
         inputs["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)
         core_output, state = self.model.backbone(inputs, rnn_states.get("online"))
         logits = self.model.policy(core_output).float()  # [B, T, A]
+        actions = actions.masked_fill(~known, 0)
         nll = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view_as(
             actions
         )

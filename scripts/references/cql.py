@@ -47,6 +47,8 @@ class Model(nn.Module):
 
 
 class OfflineAlgorithm:
+    accepts_unknown_actions = True
+
     def __init__(self, backbone: Any, config: Any, device: str) -> None:
         self.gamma, self.tau = config.gamma, config.tau
         self.model = Model(backbone).to(device)
@@ -66,14 +68,17 @@ class OfflineAlgorithm:
     ) -> Tuple[Any, ...]:
         # [B, T]
         actions, rewards, dones = (batch[name][:, :-1] for name in ("actions", "rewards", "dones"))
-        counts = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1].float()
         actions, names = actions.long(), [name for name in OBSERVATIONS if name in batch]
+        known = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1] > 0
+        known &= actions < self.model.backbone.num_actions
+        counts = known.float()
         now = {name: batch[name][:, :-1].contiguous() for name in names}
         now["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)
         after = {
             **{name: batch[name][:, 1:].contiguous() for name in names},
             "prev_actions": actions,
         }
+        actions = actions.masked_fill(~known, 0)
 
         with torch.no_grad():
             next_q, target_state = self.target(after, rnn_states.get("target"))

@@ -58,6 +58,8 @@ class Model(nn.Module):
 
 
 class OfflineAlgorithm:
+    accepts_unknown_actions = True
+
     def __init__(self, backbone: Any, config: Any, device: str) -> None:
         self.gamma, self.tau = config.gamma, config.tau
         self.model = Model(backbone).to(device)
@@ -77,14 +79,17 @@ class OfflineAlgorithm:
     ) -> Tuple[Any, ...]:
         # [B, T]
         actions, rewards, dones = (batch[name][:, :-1] for name in ("actions", "rewards", "dones"))
-        counts = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1].float()
         actions, names = actions.long(), [name for name in OBSERVATIONS if name in batch]
+        known = batch.get("mask", torch.ones_like(batch["actions"]))[:, :-1] > 0
+        known &= actions < self.model.backbone.num_actions
+        counts = known.float()
         now = {name: batch[name][:, :-1].contiguous() for name in names}
         now["prev_actions"] = torch.cat([prev_actions.long(), actions[:, :-1]], dim=1)
         after = {
             **{name: batch[name][:, 1:].contiguous() for name in names},
             "prev_actions": actions,
         }
+        actions = actions.masked_fill(~known, 0)
         model, states = self.model, {}
 
         with torch.no_grad():

@@ -67,9 +67,10 @@ class OfflineAlgorithm(ours.OfflineAlgorithm):
         rewards: Tensor,
         dones: Tensor,
         mask: Tensor,
+        known: Tensor,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """The mean nats of a key, but of a game's last one, after which nothing is seen."""
-        known = mask * (1.0 - dones)
+        """The mean nats per action, except for a game's last one, after which nothing is seen."""
+        known = known * (1.0 - dones)
         nll = F.cross_entropy(logits.transpose(1, 2), actions, reduction="none")  # [B, T]
         loss = ours.masked_mean(nll, known)
         correct = (logits.argmax(dim=-1) == actions).float()
