@@ -388,7 +388,7 @@ def test_batches(marked, rows, seq_len, game_frames, shuffle, gamma, clip_range)
                 )
                 counted[g][first : first + seq_len] += batch["mask"][row, :seq_len][: n - first]
             before = game[:, seq_len], frame[:, seq_len]
-        for times, content, limit in zip(counted, expected, limits):
+        for times, limit in zip(counted, limits):
             assert (times == (np.arange(len(times)) < limit)).all()
         orders.append(order)
     assert (orders[0] != orders[1]) == shuffle  # a new order each pass; held-out games in their own
