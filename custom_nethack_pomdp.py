@@ -11,6 +11,10 @@ scoring, the run.
     python custom_nethack_pomdp.py --evaluate runs/.../best.pt            score a checkpoint
     torchrun --nproc_per_node 8 custom_nethack_pomdp.py --data_path DIR   on eight GPUs
 
+What calls what: `train` loops over `gradient_step` > `OfflineAlgorithm.train_step` (> `_burn_in`,
+`_unroll`, `Model.head`, `_loss`), `log_update`, `save_run` and `evaluate_run` > `evaluate` >
+`evaluate_heldout` and `evaluate_games` > `vec_evaluate` > `Model.vec_act`.
+
 Axes: B rows of a batch, T steps of a chunk (seq_len), A actions (121), H hidden units (2048), L
 layers (2), N game slots. A batch holds T + 1 frames of each row; the last one is the first of the
 row's next chunk and serves only as the successor of frame T - 1, so only frames 0 .. T - 1 carry
@@ -118,8 +122,10 @@ OBSERVATIONS = tuple(OBSERVATION_SHAPES)
 
 # --- actions
 NUM_ACTIONS = len(nethack.ACTIONS)  # 121
-NO_ACTION = NUM_ACTIONS  # "previous action" of a game's first frame: no real action has this index
-UNKNOWN_KEY = 255  # in the store: a keypress that is none of the 121 actions
+# In batches: an unknown action (the keypress is not an action), and the previous action of a game's
+# first frame. Frames that are not in play have action 0.
+NO_ACTION = NUM_ACTIONS
+UNKNOWN_KEY = 255  # an unknown action in the store, whose actions are bytes
 # Three keys have two actions (`"` 77/109, `$` 79/120, `+` 81/105); either sends the same key, and
 # the last index is the one that Katakomba's data uses.
 KEY_TO_ACTION = np.full(256, UNKNOWN_KEY, dtype=np.uint8)
@@ -2096,7 +2102,9 @@ from nle.nethack import ACTIONS
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-States = Dict[str, Any]  # what a chunk hands on to the next one of its rows
+# What a chunk hands on to the next one of its rows: "stored_state" (h, c) before its last `burn_in`
+# frames, "burn_in_frames" with what the backbone reads of these, "ended" [B].
+States = Dict[str, Any]
 
 
 def hyperparameter(default: Any, limits: Tuple[float, float], text: str) -> Any:
@@ -2253,7 +2261,8 @@ def games_begun(seen: List[Shown], tty_chars: Any) -> Tuple[List[bool], List[Sho
 
 
 def moving_average(max_decay: float, average: Tensor, weight: Tensor, num_averaged: Any) -> Tensor:
-    """The next value of an EMA whose decay rises to `max_decay`: 1/10, 2/11, ..."""
+    """The next value of an EMA whose decay rises to `max_decay`: 1/10, 2/11, ... Before it, at the
+    first update, AveragedModel copies the weights."""
     n = int(num_averaged)
     decay = min(max_decay, n / (n + 9))
     return average.lerp(weight, 1.0 - decay)
@@ -2315,8 +2324,9 @@ class Model(nn.Module):
         # its weights are not this model's parameters.
         self.ema: List[AveragedModel] = []
 
-    def acting_model(self) -> Any:
-        """The EMA in evaluation, once it has seen an update; else this model itself."""
+    def current_model(self) -> Any:
+        """Whose weights are used now: the EMA's in evaluation (games, and held-out games without
+        gradient), once it has seen an update; else this model's own."""
         learning = self.training or torch.is_grad_enabled()
         if learning or not self.ema or self.ema[0].n_averaged == 0:
             return self
@@ -2358,7 +2368,7 @@ class Model(nn.Module):
         for name in self.observations:
             inputs[name] = torch.as_tensor(obs[name], device=device)[:, None]
         inputs["prev_actions"] = previous.masked_fill(rows, self.no_action)[:, None]
-        model = self.acting_model()
+        model = self.current_model()
         core_output, rnn_state = model.backbone(inputs, clear(state.rnn_state, rows))
         logits, _ = model.head(core_output, inputs["tty_chars"])
         actions = Categorical(logits=logits[:, -1] / self.hyper.temperature).sample()
@@ -2432,7 +2442,7 @@ class OfflineAlgorithm:
         store_at = T - min(self.hyper.burn_in, T)
         state = self._burn_in(rnn_states)
         core_output, stored_state = self._unroll(inputs, begins, state, store_at)
-        logits, values = self.model.acting_model().head(core_output, inputs["tty_chars"])
+        logits, values = self.model.current_model().head(core_output, inputs["tty_chars"])
         check_shape("the head's logits", logits, (B, frames, self.model.backbone.num_actions))
         check_shape("the head's values", values, (B, frames))
         loss, info = self._loss(
@@ -2487,7 +2497,7 @@ class OfflineAlgorithm:
             if start == store_at:
                 stored = state
             piece = {name: value[:, start:end].contiguous() for name, value in inputs.items()}
-            output, state = self.model.acting_model().backbone(piece, state)
+            output, state = self.model.current_model().backbone(piece, state)
             outputs.append(output)
         if store_at == frames:
             stored = state
@@ -2792,12 +2802,14 @@ def vec_evaluate(
 ) -> List[GameResult]:
     """Plays games 0 .. eval_episodes - 1 of the character, recorded below `savedir`, -> results.
 
-    Slot s plays games s, s + slots, ..., each from seeds of its own; each torchrun process plays
-    its share of the slots. All games stand side by side in this process: acting takes the time.
+    Slot s plays games s, s + slots, ..., each from seeds of its own, with one model call per step
+    of all slots. Of several processes each plays the games of its share of the slots, but draws
+    actions for all rows, so that games do not depend on the number of processes.
     """
     slots = config.eval_processes
     num_episodes = config.eval_episodes
-    rows = -(-slots // 8) * 8  # a product's bits depend on its rows, at multiples of 8 not
+    # A matrix product's bits depend on its number of rows, but not at multiples of 8.
+    rows = -(-slots // 8) * 8
     obs = empty_observations(rows)
     obs["prev_actions"] = np.full(rows, NO_ACTION)
     games: Dict[int, NetHackGame] = {}  # of each slot
@@ -2816,7 +2828,7 @@ def vec_evaluate(
 
     results = []
     rnn_states = None
-    tick = 0
+    step = 0
     actor.eval()
     bar = progress_bar(total=num_episodes, desc=f"playing {character}", leave=False)
     with ExitStack() as stack:
@@ -2831,9 +2843,9 @@ def vec_evaluate(
             begin(slot, slot)
         while max_over_processes(len(playing)):
             stop_if_asked()
-            torch.manual_seed(derived_seed(config.eval_seed, tick))  # sampled actions depend on it
+            torch.manual_seed(derived_seed(config.eval_seed, step))  # sampled actions depend on it
             actions, rnn_states = actor.vec_act(obs, rnn_states, device=str(device))
-            tick += 1
+            step += 1
             for slot, number in list(playing.items()):
                 obs["prev_actions"][slot] = actions[slot]
                 games[slot].step(actions[slot])
@@ -3228,10 +3240,10 @@ def learning_rate_at(config: TrainConfig, transitions: int) -> float:
 
 
 def heldout_loss(metrics: Metrics) -> float:
-    """Of an evaluation; infinite where it has none (None: it was not finite). The lowest one's
-    weights are best.pt."""
-    loss = metrics.get("heldout/loss_per_action", metrics.get("heldout/loss"))
-    return math.inf if loss is None else loss
+    """The loss that best.pt is chosen by; infinite without held-out games, so that a run without
+    them has no best.pt."""
+    loss: Any = metrics.get("heldout/loss_per_action", metrics.get("heldout/loss", math.inf))
+    return loss
 
 
 TIMES = ("times/batch_loading_cpu", "times/forward_pass", "times/backward_pass")  # seconds
@@ -3368,8 +3380,9 @@ def save_run(run: Run) -> None:
 
 
 def load_run(run: Run, content: Dict[str, Any]) -> None:
-    """Restore what `save_run` wrote; continuing from it is bitwise identical to never having
-    stopped. Raises UserError for another run's checkpoint."""
+    """Restore what `save_run` wrote. On a CPU continuing from it is bitwise identical to never
+    having stopped; on a GPU, whose sums have no fixed order, to rounding. Raises UserError for
+    another run's checkpoint."""
     if content.get("run_format") != RUN_FORMAT:
         raise UserError("cannot resume: another version of this script made the run")
     saved = json.loads(content["settings"])
@@ -3409,13 +3422,14 @@ def gradient_step(run: Run, batch: Batch, prev_actions: Tensor) -> Metrics:
         group["lr"] = learning_rate
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    parameters = run.algorithm.parameters()
+    parameters = list(run.algorithm.model.parameters())
     tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Running statistics too. Initial weights are equal since all processes share the seed.
     buffers = run.algorithm.model.buffers()
     tensors += [buffer for buffer in buffers if buffer.is_floating_point()]
     all_reduce_mean(tensors, known_actions(batch).sum())
     limit = run.config.clip_grad_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(run.algorithm.parameters(), limit)
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
     if math.isfinite(float(norm)):  # on a GPU this waits for all its work
         run.optimizer.step()
         run.algorithm.after_gradient_step()
@@ -3452,10 +3466,10 @@ def log_update(run: Run, logger: RunLogger, info: Metrics) -> None:
 
 
 def evaluate(
-    algorithm: Any, config: TrainConfig, heldout: Optional[ChunkLoader], prefix: Path
+    algorithm: Any, config: TrainConfig, heldout: Optional[ChunkLoader], folder: Path, step: int
 ) -> Tuple[Metrics, List[Any]]:
-    """Held-out loss, then games of every character, whose files begin with `prefix`, a path that
-    ends in the step -> metrics, and the games as pairs of a character and its results."""
+    """Held-out loss, then games of every character, whose files go to <folder>/<step>_... ->
+    metrics, and the games as pairs of a character and its results."""
     device = choose_device(config)
     metrics: Metrics = {}
     games: List[Any] = []
@@ -3463,12 +3477,12 @@ def evaluate(
     if heldout is not None and config.eval_heldout_frames:
         where = (device, choose_precision(config, device))
         found = evaluate_heldout(algorithm, heldout, config.eval_heldout_frames, *where)
-        say_metrics("HELDOUT_METRICS", {"step": int(prefix.name), **found})
+        say_metrics("HELDOUT_METRICS", {"step": step, **found})
         for name, value in found.items():
             metrics[f"heldout/{name}"] = value
     if config.eval_episodes:
         begin = time.perf_counter()
-        scores, games = evaluate_games(algorithm.model, config, device, prefix)
+        scores, games = evaluate_games(algorithm.model, config, device, folder / str(step))
         metrics.update(scores)
         metrics["times/evaluation_cpu"] = time.perf_counter() - begin
     return metrics, games
@@ -3477,7 +3491,7 @@ def evaluate(
 def evaluate_run(run: Run, logger: RunLogger) -> None:
     """One row; best.pt where the held-out loss is the lowest so far."""
     step = run.progress.step
-    metrics, games = evaluate(run.algorithm, run.config, run.heldout, run.folder / str(step))
+    metrics, games = evaluate(run.algorithm, run.config, run.heldout, run.folder, step)
     loss = heldout_loss(metrics)
     names = ["best.pt"] if loss < run.progress.best else []
     names += [f"{step}.pt"] if run.config.keep_checkpoints else []
@@ -3527,7 +3541,7 @@ def train(config: TrainConfig) -> Path:
             return folder
         logger = start_logging(config, folder, progress)
         stack.callback(logger.close)
-        parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
+        parameters = sum(parameter.numel() for parameter in run.algorithm.model.parameters())
         say(
             f"{'resuming' if progress.step else 'beginning'} {folder} at step {progress.step}: "
             f"{parameters:,} parameters on {WORLD} x {run.device}"
@@ -3536,10 +3550,11 @@ def train(config: TrainConfig) -> Path:
         batches = stack.enter_context(closing(read_ahead(run.loader.batch_at, progress.step)))
         bar = stack.enter_context(progress_bar(initial=progress.step, total=config.update_steps))
 
-        # --- loop. First the checkpoint, then the evaluation: whatever goes wrong while games are
-        # played, the run can be continued from here.
+        # --- loop
         while True:
-            if is_evaluation_due(run):
+            if is_evaluation_due(
+                run
+            ):  # also what a run that was stopped in its evaluation still owes
                 evaluate_run(run, logger)
                 save_run(run)  # with what the evaluation found
             if progress.step >= config.update_steps:
@@ -3555,6 +3570,8 @@ def train(config: TrainConfig) -> Path:
             if progress.step % config.log_every == 0 or progress.step == config.update_steps:
                 log_update(run, logger, info)
             stopped = max_over_processes(stop_signal)
+            # A checkpoint comes before an evaluation: whatever goes wrong while games are played,
+            # the run can be continued from here.
             is_due = is_evaluation_due(run)
             if stopped or is_due or progress.step % config.checkpoint_every == 0:
                 save_run(run)
@@ -3605,7 +3622,7 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
         stack.callback(logger.close)
         say(f"evaluating {path} at step {step}, with results in {folder}")
         stack.enter_context(noting_signals())
-        metrics, games = evaluate(algorithm, config, heldout, folder / str(step))
+        metrics, games = evaluate(algorithm, config, heldout, folder, step)
         logger.log("evaluation", {**position_at(config, step), **metrics}, games)
     return folder
 

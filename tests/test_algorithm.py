@@ -884,7 +884,7 @@ def test_the_bundled_agent_acts_as_it_is():
     path = Path(pomdp.__file__).parent / "scripts" / "agents" / "small_512.pt"
     algorithm, _, _ = pomdp.load_agent(path, device="cpu")
     saved = pomdp.read_checkpoint(path)["model"]
-    state = algorithm.model.eval().acting_model().state_dict()
+    state = algorithm.model.eval().current_model().state_dict()
     assert all(torch.equal(state[name], value.float()) for name, value in saved.items())
 
 

@@ -83,7 +83,7 @@ class OfflineAlgorithm(ours.OfflineAlgorithm):
 
     def train_step(self, batch: Dict[str, Tensor], prev_actions: Tensor, rnn_states: Any) -> Any:
         self.returns = batch["returns"][:, :-1]
-        model = self.model.acting_model()
+        model = self.model.current_model()
         model.numbers = status_numbers(batch["blstats"])
         result = super().train_step(batch, prev_actions, rnn_states)
         model.numbers = None

@@ -42,5 +42,5 @@ class OfflineAlgorithm(ours.OfflineAlgorithm):
     model: Model
 
     def _value_loss(self, values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        log_probs = F.log_softmax(self.model.acting_model().bin_logits[:, :-1], dim=-1)
+        log_probs = F.log_softmax(self.model.current_model().bin_logits[:, :-1], dim=-1)
         return ours.masked_mean(-(target_bins(targets) * log_probs).sum(-1), mask)
