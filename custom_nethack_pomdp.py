@@ -3410,6 +3410,9 @@ def load_run(run: Run, content: Dict[str, Any]) -> None:
 # --- the parts of the loop
 def gradient_step(run: Run, batch: Batch, prev_actions: Tensor) -> Metrics:
     """One update of the weights -> the algorithm's info, and what the loop adds to it."""
+    # Whatever is drawn depends on the step alone: a resumed run draws the same, and evaluations
+    # change nothing.
+    set_seed(derived_seed(run.config.train_seed, run.progress.step, RANK))
     begin = time.perf_counter()
     batch, prev_actions = to_device((batch, prev_actions), run.device)
     loss, rnn_states, info = call_train_step(
@@ -3559,9 +3562,6 @@ def train(config: TrainConfig) -> Path:
                 save_run(run)  # with what the evaluation found
             if progress.step >= config.update_steps:
                 return folder
-            # Whatever is drawn depends on the step alone: a resumed run draws the same, and
-            # evaluations change nothing.
-            set_seed(derived_seed(config.train_seed, progress.step, RANK))
             begin = time.perf_counter()
             batch, prev_actions = next(batches)
             run.seconds[0] += time.perf_counter() - begin
@@ -3609,8 +3609,8 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
     for name in ("character", "submission"):  # the checkpoint's own, unless others are given
         if getattr(config, name) != getattr(TrainConfig(), name):
             overrides[name] = getattr(config, name)
-    algorithm, config, step = load_agent(path, **overrides)
     first = expand(config.checkpoints_path or str(path.parent)) / f"{path.stem}-evaluation"
+    algorithm, config, step = load_agent(path, **overrides)
     with ExitStack() as stack:
         stack.enter_context(process_group(choose_device(config)))
         heldout = None

@@ -102,7 +102,7 @@ def test_each_one_is_a_submission_that_learns_resumes_and_acts(path, batches):
     extra = {
         name for name, part in vars(algorithm).items() if isinstance(part, torch.nn.Module)
     } - {"model"}
-    expected = {"average"} if path in VARIANTS else set()
+    expected = {"ema"} if path in VARIANTS else set()
     assert extra == ({"target"} if path.stem in ("cql", "iql") else expected)
 
 
