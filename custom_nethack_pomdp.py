@@ -401,7 +401,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.character = ",".join(self.characters)  # one spelling, for names
         if self.submission:  # found from any folder when the run is resumed or scored
-            self.submission = str(expand(self.submission).absolute())
+            self.submission = os.path.abspath(expand(self.submission))
         for character in self.characters or ["(none)"]:
             check_character(character)
         for one in fields(self):

@@ -1034,7 +1034,7 @@ def test_a_submission_is_loaded_as_a_module_is_and_found_from_anywhere(small, mo
     resumed = dict(resume=run, update_steps=3)
     assert_user_error(small(**resumed), "cannot resume: submission was .* and is None")
     status, _, err = small(**resumed, submission="../home/ideas/idea.py")
-    assert status == 0 and err == ""
+    assert (status, err) == (0, "")
     idea.write_text(HELPED + "# another idea\n", encoding="utf-8")
     status, _, err = small(resume=run, update_steps=4, submission=idea)
     assert status == 0 and err == f"warning: {idea} has changed since this run was saved\n"
