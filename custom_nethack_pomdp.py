@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recurrent advantage-weighted regression with burn-in for NetHack, offline.
 
 Trains on games of the symbolic bot AutoAscend (NLD-AA) and plays NetHack (NLE) with the result; the

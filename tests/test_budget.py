@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The code stays small enough to be read, and says one thing a statement: limits of the main file and the README.
 
 Not lines are counted but what is said, the nodes of the syntax tree: a line more that says one thing is welcome.

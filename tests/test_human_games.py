@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Human games: found and joined from alt.org's layout, read in versions 1 and 2, told of and watched.
 
 All recordings are made here: of a game that is played for it, or of screens that are written out.

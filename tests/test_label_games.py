@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Human games are labelled: each key stands at the screen on which it was pressed, and training takes what comes out.
 
 The human games are made here: games are played by chance and recorded, and their records are written out anew without

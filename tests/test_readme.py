@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The READMEs' tables are what their rows make; commands can be given; links and names exist.
 
 A table's marker says what it is made from: <!-- table: report small_512 --> stands above what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole runs: what they write, that they repeat, go on to the bit where they stopped, and that nothing is lost.
 
 `main` is called as from the command line, with a small network; one run at the true command line has it at full size.

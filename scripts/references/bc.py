@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Behavioural cloning, the plainest of the benchmark's references (Pomerleau, "ALVINN", NeurIPS 1988).
 
     L = -E[ log pi(a_t | s_1..s_t) ],  pi a softmax of one linear layer on the LSTM's output

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Implicit Q-learning, the strongest of the benchmark's references (Kostrikov et al., arXiv 2110.06169, equations 5-7).
 
     L_V  = E[ |0.8 - 1(u < 0)| u^2 ],         u = min_i Q_i,target(s, a) - V(s)
