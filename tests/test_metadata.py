@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What tools read of the repository: licenses."""
+"""What tools read of the repository: licenses, and the header by which uv runs the main file."""
 
+import ast
+import re
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MAIN = (ROOT / "custom_nethack_pomdp.py").read_text(encoding="utf-8")
 LICENSE_LINE = "# SPDX-License-Identifier: MIT"
 
 
@@ -25,3 +30,28 @@ def test_each_source_file_begins_with_its_license():
             lacking.append(name)
     assert lacking == []
     assert (ROOT / "scripts" / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
+
+
+def imported_distributions(source):
+    """Names of the distributions that a source imports, at its top or later."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.partition(".")[0])
+    found = metadata.packages_distributions()
+    return {name for module in modules - sys.stdlib_module_names for name in found[module]}
+
+
+def test_the_main_file_s_header_has_the_pins_of_what_it_imports():
+    """The block of comments of PEP 723, read as the PEP reads it."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
+    (content,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", MAIN)
+    header = tomllib.loads(re.sub(r"(?m)^# ?", "", content))
+    assert header["requires-python"] == ">=3.10,<3.14"
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = re.findall(r"(?m)^[\w-]+==[\w.]+", requirements)
+    assert set(header["dependencies"]) <= set(pins)
+    names = [pin.partition("==")[0] for pin in header["dependencies"]]
+    assert sorted(names) == sorted(imported_distributions(MAIN))

@@ -103,7 +103,7 @@ def commands():
     for text in TEXTS.values():
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
             yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
-        yield from re.findall(r"`((?:python|bash|torchrun) [^`]+)`", text)
+        yield from re.findall(r"`((?:python|bash|torchrun|uv) [^`]+)`", text)
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(commands()))
@@ -111,7 +111,7 @@ def test_a_command_can_be_given(line, monkeypatch):
     """Its files are there; the main file takes the settings, other scripts know the options."""
     program, *words = shlex.split(line, comments=True)
     script = next((word for word in words if word.endswith((".py", ".sh"))), "")
-    assert program in ("python", "bash", "torchrun", "source"), line
+    assert program in ("python", "bash", "torchrun", "source", "uv"), line
     for word in words:
         assert not word.startswith(("scripts/", "tests/")) or (ROOT / word).exists(), word
     arguments = words[words.index(script) + 1 :] if script else []
