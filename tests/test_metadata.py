@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What tools read of the repository: licenses, and the header by which uv runs the main file."""
+"""What tools read of the repository: licenses, the header by which uv runs the main file, the
+workflow of GitHub Actions."""
 
 import ast
 import re
@@ -9,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = (ROOT / "custom_nethack_pomdp.py").read_text(encoding="utf-8")
@@ -55,3 +57,13 @@ def test_the_main_file_s_header_has_the_pins_of_what_it_imports():
     assert set(header["dependencies"]) <= set(pins)
     names = [pin.partition("==")[0] for pin in header["dependencies"]]
     assert sorted(names) == sorted(imported_distributions(MAIN))
+
+
+def test_github_runs_what_ci_runs_on_each_version_of_python():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(workflow)["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert "bash .ci/run" in commands
+    environments = (ROOT / "scripts" / "lib" / "venv.sh").read_text(encoding="utf-8")
+    (versions,) = re.findall(r'ensure_venv \.venv "([\d. ]+)"', environments)
+    assert sorted(job["strategy"]["matrix"]["python"]) == sorted(versions.split())
