@@ -199,6 +199,13 @@ def test_files_and_names_exist(name):
         assert word in code or made in code or (RESULTS / word).is_dir(), word
 
 
+def test_each_paper_of_the_readme_has_its_entry_in_bibtex():
+    (entries,) = re.findall(r"```bibtex\n(.*?)```", TEXTS["README.md"], re.DOTALL)
+    named = re.findall(r"arXiv (\d{4}\.\d{5})", WITHOUT_CODE["README.md"])
+    assert len(named) >= 10 and set(named) == set(re.findall(r"arXiv:([\d.]+)", entries))
+    assert entries.count("{") == entries.count("}")
+
+
 if __name__ == "__main__":
     text = re.sub(MAP, lambda _: map_of_the_file(), TEXTS["README.md"])
     (ROOT / "README.md").write_text(text, encoding="utf-8")
