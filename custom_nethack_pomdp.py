@@ -766,7 +766,8 @@ def only_watching(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # wandb has many types
-        warn_once(f"{what} failed ({error}); the run goes on")
+        reason = " ".join(str(error).split())
+        warn_once(f"{what} failed ({reason}); the run continues without it")
 
 
 class RunLogger:

@@ -127,6 +127,11 @@ def too_new(node: ast.AST) -> Iterator[str]:
         name = re.sub(r"^nn\.", "torch.nn.", name)
         if name in TOO_NEW:
             yield f"{name} is newer than Python 3.8 or torch 2.0.1"
+    yield from too_new_syntax(node)
+
+
+def too_new_syntax(node: ast.AST) -> Iterator[str]:
+    """What Python 3.8 cannot parse or does not evaluate, of the node itself."""
     if isinstance(node, ast.ImportFrom) and node.module == "__future__":
         where = "the block goes into the middle of one"
         yield f"from __future__ is allowed at the top of a file only, and {where}"

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from exact_returns import exact_returns
 from nle import nethack
 from shared import Parser, check_least, markdown_table
 from torch import Tensor, nn

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""scripts/critic_probe.py: it finds what an action tells where it tells something, and nothing where it does not."""
+"""scripts/critic_probe.py: it finds what an action tells where it tells something, and nothing
+where it does not."""
 
 import json
 import os

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Evaluation: fair quotas, results that repeat to the bit, held-out games, and nothing left behind."""
+"""Evaluation: fair quotas, results that repeat to the bit, held-out games, and nothing left
+behind."""
 
 import csv
 import hashlib
@@ -38,7 +39,8 @@ def settings(**others):
 
 
 class Watched(pomdp.Model):
-    """Ours, small and decided enough for states to matter, with a fingerprint of all that goes in and out."""
+    """Ours, small and decided enough for states to matter, with a fingerprint of all that goes in
+    and out."""
 
     def __init__(self):
         torch.manual_seed(7)
@@ -65,7 +67,8 @@ class Watched(pomdp.Model):
 
 
 class Scripted(torch.nn.Module):
-    """Plays by the clock: quits in slot r every r + 3 ticks. Records everything that it is given."""
+    """Plays by the clock: quits in slot r every r + 3 ticks. Records everything that it is
+    given."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +134,8 @@ def test_a_game_depends_neither_on_the_number_of_games_nor_on_what_was_played_be
 # --- which games are played, and what the model is given
 @pytest.fixture(scope="module")
 def scripted():
-    """-> model, {game: (slot, tick of its first frame)} by the quota and the games' lengths, and each slot's ticks."""
+    """-> model, {game: (slot, tick of its first frame)} by the quota and the games' lengths, and
+    each slot's ticks."""
     model = Scripted().train()
 
     results = play(model, games=10)
@@ -147,7 +151,8 @@ def scripted():
 
 
 def test_each_game_is_played_once_by_its_slot_with_its_seeds(scripted):
-    """Slots end games at different rates; still slot s plays games s, s + slots, ... and no other."""
+    """Slots end games at different rates; still slot s plays games s, s + slots, ... and no
+    other."""
     model, places, clock = scripted
     game = NetHackGame("mon-hum-neu")
     for number, (slot, tick) in places.items():
@@ -201,7 +206,8 @@ def test_rows_without_a_game_do_not_matter():
 
 
 class Quitting(Watched):
-    """Searches, and quits its game in slot r every 20 + r ticks. `told`: by the loop, where a game begins."""
+    """Searches, and quits its game in slot r every 20 + r ticks. `told`: by the loop, where a game
+    begins."""
 
     def vec_act(self, obs, state=None, device="cpu"):
         previous = obs["prev_actions"] if self.told or not self.actions else self.actions[-1]
@@ -215,7 +221,8 @@ class Quitting(Watched):
 
 
 def test_our_model_notices_new_games_by_itself(monkeypatch):
-    """In a loop that does not tell, as the benchmark's, it plays as in one that does; without a look at them not."""
+    """In a loop that does not tell, as the benchmark's, it plays as in one that does; without a
+    look at them not."""
     played = []
     for told, looks in ((True, True), (True, False), (False, True), (False, False)):
         model = Quitting()
@@ -289,7 +296,8 @@ def test_bootstrap_interval_against_a_plain_loop():
     means = sorted(
         statistics.mean(values[index] for index in rng.integers(5, size=5)) for _ in range(999)
     )
-    # 2.5 % of the way from the first to the last of 999 means is place 24.95, and 97.5 % is place 973.05.
+    # 2.5 % of the way from the first to the last of 999 means is place 24.95, and 97.5 % is place
+    # 973.05.
     expected = (
         means[24] + 0.95 * (means[25] - means[24]),
         means[973] + 0.05 * (means[974] - means[973]),
@@ -419,7 +427,9 @@ def test_held_out_chunks_follow_one_another_and_means_are_over_frames(games):
     assert means["number"] == pytest.approx(
         sum(n * (k + 1) for k, n in enumerate(frames)) / sum(frames)
     )
-    assert pomdp.evaluate_heldout(Counting(), loader, 10**9, CPU)["frames"] == sum(games.frames[::3])
+    assert pomdp.evaluate_heldout(Counting(), loader, 10**9, CPU)["frames"] == sum(
+        games.frames[::3]
+    )
 
 
 def test_held_out_games_leave_no_trace_and_are_scored_without_dropout(games):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Speed changes no result: what only makes things faster gives what the plain way gives. And the benchmark runs."""
+"""Speed changes no result: what only makes things faster gives what the plain way gives. And the
+benchmark runs."""
 
 import copy
 import hashlib
@@ -38,8 +39,9 @@ def trained(stores_path, updates=6, **settings):
 
 
 def test_bfloat16_training_stays_close_to_float32(stores_path):
-    """Stated tolerance: losses of the first six updates within 0.1 % (measured: 0.002 %), the weights' change within
-    30 % (10 %: AdamW's first steps are as long for a small gradient as for a large one)."""
+    """Stated tolerance: losses of the first six updates within 0.1 % (measured: 0.002 %), the
+    weights' change within 30 % (10 %: AdamW's first steps are as long for a small gradient as for a
+    large one)."""
     (full, losses), (half, others) = (
         trained(stores_path, precision=name) for name in ("fp32", "bf16")
     )
@@ -130,7 +132,7 @@ def iql_loss(critic, target_critic, obs, next_obs, actions, rewards, dones, rnn_
     assert obs["prev_actions"].shape == actions.shape == rewards.shape == dones.shape == (4, 3) and gamma == 0.9
     output, state = critic(obs["tty_chars"][:, :, 0], rnn_states and tuple(rnn_states))
     return output.square().mean(), state, state, state, {}
-""",
+""",  # noqa: E501
     "katakomba/utils/roles.py": "Role = Race = Alignment = str",
     "katakomba/utils/datasets/small_scale.py": """
 import h5py
@@ -148,7 +150,7 @@ class SequentialBuffer:
 
     def close(self, clear_cache):
         self.dataset.close()
-""",
+""",  # noqa: E501
 }
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The game as it is played, and as it is read back from its recording: the same screens, actions and rewards."""
+"""The game as it is played, and as it is read back from its recording: the same screens, actions
+and rewards."""
 
 import contextlib
 import ctypes
@@ -64,12 +65,14 @@ def menu_reader(rng, text, step):
 
 
 def spacer(rng, text, step):
-    """Presses SPACE from the very first frame on, as NLE does before it: the reader must tell them apart."""
+    """Presses SPACE from the very first frame on, as NLE does before it: the reader must tell them
+    apart."""
     return SPACE if step < 12 or rng.random() < 0.6 else int(rng.choice(MOVES))
 
 
 def believer(rng, text, step):
-    """Prays until the god has had enough, and answers everything with SPACE, as NLE does after death."""
+    """Prays until the god has had enough, and answers everything with SPACE, as NLE does after
+    death."""
     if b"[yn]" in text:
         return YES
     return SPACE if b"--More--" in text or b"(end)" in text or step == 0 else PRAY
@@ -81,7 +84,8 @@ def quitter(rng, text, step):
 
 
 def typist(rng, text, step):
-    """Writes 8-bit characters into the dust: what a player types is shown, and stands in the recording."""
+    """Writes 8-bit characters into the dust: what a player types is shown, and stands in the
+    recording."""
     if b"write in the dust here?" in text:
         return int(rng.choice(EIGHT_BIT)) if step % 40 else ESC
     if b"What do you want to write with?" in text:
@@ -126,7 +130,7 @@ class Played:
 GAMES = """mon-hum-neu any_key 0 1200, val-hum-neu explorer 1 1500, ran-hum-neu menu_reader 2 600,
 mon-hum-neu believer 3 2000, val-hum-neu believer 4 2000, ran-hum-neu believer 5 2000, wiz-elf-cha quitter 6 100,
 val-hum-neu spacer 7 150, ran-hum-neu explorer 8 1500, wiz-elf-cha any_key 9 1200, mon-hum-neu explorer 10 1,
-wiz-elf-cha believer 11 2000, mon-hum-neu typist 12 300"""
+wiz-elf-cha believer 11 2000, mon-hum-neu typist 12 300"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +162,8 @@ def stores(recordings, tmp_path_factory):
 
 
 def test_frames_read_back_equal_the_frames_played(recordings, stores):
-    """Every game, from the first frame the player saw to the last it acted on: observations, actions and rewards."""
+    """Every game, from the first frame the player saw to the last it acted on: observations,
+    actions and rewards."""
     left = dict(recordings[1])
     assert {game.end for game in left.values()} == {"died", "step limit"}
     hidden = [not obs["blstats"].any() for game in left.values() for obs in game.obs]
@@ -197,7 +202,8 @@ def test_frames_read_back_equal_the_frames_played(recordings, stores):
 
 
 def test_batches_show_the_network_what_it_sees_in_the_game(recordings, stores):
-    """The same through the loader: the tensors of a batch against the arrays of the game, the previous action too."""
+    """The same through the loader: the tensors of a batch against the arrays of the game, the
+    previous action too."""
     store = next(store for store in stores if str(store.index["character"]) == "mon-hum-neu")
     number = next(number for number, name in enumerate(store.names) if "any_key" in str(name))
     live, config = (
@@ -256,7 +262,8 @@ def test_score_depth_and_turns(recordings):
 
 
 def test_several_games_of_one_env_are_recorded_apart(tmp_path):
-    """One after another into one folder, as NLD-AA was made. Cut by a limit a game is not over for NLE: left out."""
+    """One after another into one folder, as NLD-AA was made. Cut by a limit a game is not over for
+    NLE: left out."""
     game, played = NetHackGame("val-hum-neu", savedir=str(tmp_path / "games"), max_steps=300), []
     for number, player in enumerate((explorer, quitter, explorer, believer)):
         played.append(Played(game, player, number, then_quit=False))
@@ -299,7 +306,8 @@ def everything(game):
 
 @pytest.mark.parametrize("player", [any_key, believer])
 def test_seeds_make_the_game(make_game, player):
-    """The same seeds give the same game, whatever was played before, and in another environment too."""
+    """The same seeds give the same game, whatever was played before, and in another environment
+    too."""
     game = make_game("val-hum-neu", max_steps=400)
     first, other, again = (
         everything(Played(game, player, seed, then_quit=False)) for seed in (7, 8, 7)
@@ -317,7 +325,8 @@ TELEPORT = "\x14" + 10 * "H" + ".  "  # ^T asks where to: into the rock, so anyw
 
 
 def visit_levels(seed, birthday, after_reset):
-    """Screens of a game that began at the clock's time `birthday`, as NLE's own reset leaves it, or set after ours."""
+    """Screens of a game that began at the clock's time `birthday`, as NLE's own reset leaves it, or
+    set after ours."""
     typed = {key: index for index, key in enumerate(dict.fromkeys("".join([*LEVELS, TELEPORT])))}
     with contextlib.closing(NetHackGame("mon-hum-neu")) as game:
         game.env.close()
@@ -356,7 +365,8 @@ def visit_levels(seed, birthday, after_reset):
 
 
 def test_games_do_not_depend_on_the_clock():
-    """NetHack names shopkeepers by the time at which the game began, and the game goes on accordingly."""
+    """NetHack names shopkeepers by the time at which the game began, and the game goes on
+    accordingly."""
     now, minutes, year = (1_000_000_000 + seconds for seconds in (0, 600, 31_536_000))
     seeds = (1, 3, 7, 35)
     assert any(
@@ -369,7 +379,8 @@ def test_games_do_not_depend_on_the_clock():
 
 
 def test_observations_are_the_callers_own_and_have_their_types(make_game):
-    """NLE writes each frame into the same arrays: what a caller keeps stays, what it writes does not reach the game."""
+    """NLE writes each frame into the same arrays: what a caller keeps stays, what it writes does
+    not reach the game."""
     game, rng = make_game("val-hum-neu", max_steps=400), np.random.default_rng(3)
     first = Played(game, believer, 3, then_quit=False)
     frames, before = [*first.obs, first.terminal], everything(first)
@@ -403,7 +414,8 @@ def until_done(game, actions):
 
 
 def test_no_progress(make_game):
-    """1,000 steps without a turn, on every version of NLE; a turn in between, or a new game, starts the count again."""
+    """1,000 steps without a turn, on every version of NLE; a turn in between, or a new game, starts
+    the count again."""
     game = make_game("val-hum-neu")
     game.reset(1, 2)
     assert until_done(game, [ESC] * 999) == (None, {})
@@ -414,7 +426,8 @@ def test_no_progress(make_game):
     game.reset(1, 2)  # menus, questions and unknown commands take no turn either
     count, info = until_done(game, (keys("i") + [ESC] + keys("d") + [ESC, SPACE]) * 400)
     assert count == 1000 and info["end"] == "no progress"
-    # Turns: at the 600th step, and at the last moment. (Valkyries are as fast as the clock: every search takes a turn.)
+    # Turns: at the 600th step, and at the last moment. (Valkyries are as fast as the clock: every
+    # search takes a turn.)
     game.reset(3, 4)
     count, info = until_done(game, [ESC] * 599 + [SEARCH] + [ESC] * 999 + [SEARCH] + [ESC] * 2000)
     assert (info["end"], info["length"], info["turns"]) == ("no progress", 2600, 3)

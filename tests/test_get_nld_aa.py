@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""scripts/get_nld_aa.sh against a server on this machine: breaks, damage, hostile archives, mistakes."""
+"""scripts/get_nld_aa.sh against a server on this machine: breaks, damage, hostile archives,
+mistakes."""
 
 import io
 import os
@@ -34,7 +35,8 @@ PLAIN = {"nle_data/1/a.ttyrec3.bz2": NOISE, "nle_data/1/nle.1.xlogfile": b"x\n"}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `files`; breaks off the first `breaks` answers after 100,000 bytes; keeps the ranges asked for."""
+    """Serves `files`; breaks off the first `breaks` answers after 100,000 bytes; keeps the ranges
+    asked for."""
 
     def log_message(self, *_):
         pass

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Human games: found and joined from alt.org's layout, read in versions 1 and 2, told of and watched.
+"""Human games: found and joined from alt.org's layout, read in versions 1 and 2, told of and
+watched.
 
 All recordings are made here: of a game that is played for it, or of screens that are written out.
 """
@@ -66,7 +67,8 @@ def assert_same_screens(one, other):
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    """A Valkyrie's game of 500 keys, then quit: as recorded, and the same without scores and keys."""
+    """A Valkyrie's game of 500 keys, then quit: as recorded, and the same without scores and
+    keys."""
     folder = tmp_path_factory.mktemp("played")
     rng = np.random.default_rng(3)
     game = pomdp.NetHackGame("val-hum-neu", savedir=str(folder))
@@ -205,7 +207,8 @@ STATUS = (
 
 @pytest.fixture
 def layout(tmp_path):
-    """Ada: a game of 2009 in two files and one of 2019, Bob's in 2019, and what cannot be placed."""
+    """Ada: a game of 2009 in two files and one of 2019, Bob's in 2019, and what cannot be
+    placed."""
     root = tmp_path / "nao"
     files = {
         "Ada/2009-02-05.10_33_51": 3,  # its game starts 2 minutes later
@@ -378,7 +381,8 @@ def test_a_recording_that_breaks_off_is_shown_so_far(played, tmp_path):
 
 
 def test_what_is_not_known_is_refused(played, tmp_path, capsys):
-    """Instead of showing nonsense: other versions by name, and files that are not what their name says."""
+    """Instead of showing nonsense: other versions by name, and files that are not what their name
+    says."""
     _, paths = played
     cases = {
         "game.ttyrec4.bz2": (3, "it is none of .ttyrec.bz2"),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What inspect_data tells of a folder is what training reads there, and what is left out is named."""
+"""What inspect_data tells of a folder is what training reads there, and what is left out is
+named."""
 
 import json
 import shutil
@@ -86,7 +87,8 @@ def test_stores_and_katakomba_s_files_are_known(look, tmp_path, stores):
 
 
 def test_what_is_left_out_is_named(look, folder, stores_path):
-    """As text, by the command line: a game that is cut short, a line of an xlogfile whose game is missing."""
+    """As text, by the command line: a game that is cut short, a line of an xlogfile whose game is
+    missing."""
     third = shutil.copytree(GAMES / "mon-hum-neu-1-5", folder / "mon-hum-neu-1-5")
     damaged = next((folder / "mon-hum-neu-1-1").glob("*.bz2"))
     damaged.write_bytes(damaged.read_bytes()[:1000])

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Human games are labelled: each key stands at the screen on which it was pressed, and training takes what comes out.
+"""Human games are labelled: each key stands at the screen on which it was pressed, and training
+takes what comes out.
 
-The human games are made here: games are played by chance and recorded, and their records are written out anew without
-keys and scores, each key's output in several writes, a fifth of a second after the key before.
+The human games are made here: games are played by chance and recorded, and their records are
+written out anew without keys and scores, each key's output in several writes, a fifth of a second
+after the key before.
 """
 
 import bz2
@@ -59,8 +61,8 @@ class OfflineAlgorithm(ours.OfflineAlgorithm):
 
 
 def play(folder, seed):
-    """[(key that NLE was sent, or None; what it then sent to the terminal)] of a game that is quit, with the end that
-    alt.org's games have."""
+    """[(key that NLE was sent, or None; what it then sent to the terminal)] of a game that is quit,
+    with the end that alt.org's games have."""
     rng = np.random.default_rng(seed)
     game = pomdp.NetHackGame("val-hum-neu", savedir=str(folder))
     game.reset(seed, 6)
@@ -86,8 +88,8 @@ def play(folder, seed):
 
 
 def write_as_human(path, sent):
-    """Version 1: each key's output in three writes of a millisecond, and now and then a bell later on.
-    -> [key, or None, that was pressed before each screen which stands]."""
+    """Version 1: each key's output in three writes of a millisecond, and now and then a bell later
+    on. -> [key, or None, that was pressed before each screen which stands]."""
     records, pressed, now = [], [], START * 1_000_000
     for number, (key, content) in enumerate(sent):
         now += 200_000
@@ -123,8 +125,8 @@ def as_turn(screen):
 
 @pytest.fixture(scope="module")
 def human(tmp_path_factory):
-    """Two games of a Valkyrie in alt.org's layout, a stand-in for the inverse model, and what must come of it:
-    {name: (screens [n, 24, 80], actions [n])}."""
+    """Two games of a Valkyrie in alt.org's layout, a stand-in for the inverse model, and what must
+    come of it: {name: (screens [n, 24, 80], actions [n])}."""
     folder = tmp_path_factory.mktemp("human")
     games, wanted, lines = {}, {}, ""
     for seed, player in ((1, "Ada"), (2, "Bob")):
@@ -291,7 +293,8 @@ def test_colours_by_number_and_the_last_write_are_there(tmp_path):
 
 
 def test_rewards_are_what_the_screen_shows():
-    """Gold beyond the first, four times the experience points, 50 a new deepest level; hidden lines change nothing."""
+    """Gold beyond the first, four times the experience points, 50 a new deepest level; hidden lines
+    change nothing."""
     lines = [(1, 0, 0), (1, 30, 0), None, (3, 30, 5), (2, 10, 5), None, (3, 50, 6)]
     screens = np.full((len(lines), 24, 80), ord(" "), np.uint8)
     for screen, line in zip(screens, lines):
@@ -323,7 +326,8 @@ def inverse(tmp_path_factory):
 
 
 def test_games_with_keys_are_labelled_without_a_look_at_them(inverse, run, tmp_path):
-    """The model is told no key, and reads a game in parts as it does in one piece; --true_keys keeps the keys."""
+    """The model is told no key, and reads a game in parts as it does in one piece; --true_keys
+    keeps the keys."""
     arguments = ["--data_path", RECORDED, "--store_path", tmp_path / "stores"]
     arguments += ["--character", "val-hum-neu"]
     every_key = ["--checkpoint", inverse, "--min_probability", "0", "--out", tmp_path / "all"]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Several processes: they learn what one would, play the same games, stop together, and go on to the bit.
+"""Several processes: they learn what one would, play the same games, stop together, and go on to
+the bit.
 
 On CPUs (gloo), two processes, a small network. What NCCL and several GPUs add is not tested here.
 """
@@ -56,7 +57,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     HOOK
     sys.exit(pomdp.main(sys.argv[1:]))
-"""
+"""  # noqa: E501
 SPOILED = "pomdp.ChunkLoader.batch_at = spoiled"
 # Each process writes its average, and whether anything of it was among what processes average.
 SAVED = """close, over_processes = pomdp.Trainer.close, pomdp.average
@@ -83,7 +84,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(folder, stores_path, stores):
-    """start(name, hook, processes, launcher, settings...) -> processes, as torchrun would start them, or torchrun."""
+    """start(name, hook, processes, launcher, settings...) -> processes, as torchrun would start
+    them, or torchrun."""
 
     def start(name, hook="pass", processes=2, launcher=(), **settings):
         program, started = folder / f"run_{name}.py", []
@@ -135,8 +137,8 @@ def finish(processes):
 def pair(start, folder):
     """Folders of one process with 4 rows and of two with 2 each.
 
-    Games are cut, so that at step 2 one process's rows count 12 frames and the other's 16; with every weight 1 (to
-    1e-6) nothing is normalised within a process's rows.
+    Games are cut, so that at step 2 one process's rows count 12 frames and the other's 16; with
+    every weight 1 (to 1e-6) nothing is normalised within a process's rows.
     """
     settings = dict(
         learning_rate=1e-3, warmup_transitions=64, game_frames=500, rnn_dropout=0, eval_every=5
@@ -259,7 +261,7 @@ def test_a_signal_at_one_stops_the_games_of_all(start, folder):
 
 def test_the_first_process_builds_and_its_mistake_is_one_line(start, folder, tmp_path):
     """The others, which are quicker, wait; a folder without games is told of once, and ends all."""
-    hook = "pomdp.RANK or (pomdp.time.sleep(1), setattr(pomdp, 'build_store', print_and(pomdp.build_store)))"
+    hook = "pomdp.RANK or (pomdp.time.sleep(1), setattr(pomdp, 'build_store', print_and(pomdp.build_store)))"  # noqa: E501
     hook += "; pomdp.RANK and setattr(pomdp, 'build_store', None)"
     helper = "print_and = lambda build: lambda *args: (print('BUILT'), build(*args)); "
     settings = dict(update_steps=1, store_path=tmp_path / "stores")
@@ -280,3 +282,21 @@ def test_torchrun_starts_again_what_was_killed(start, folder, straight):
     )
     assert exits == [0] and out[0].count("at step 3") == 1, err
     assert not differences(outcome(straight), outcome(folder / "restart" / RUN))
+
+
+def test_several_processes_without_torchrun_are_one_line(tmp_path):
+    """Some schedulers set WORLD_SIZE and nothing else; an empty one is none."""
+    script = [
+        sys.executable,
+        str(ROOT / "custom_nethack_pomdp.py"),
+        "--data_path",
+        str(ROOT / "tests/data/nle_data"),
+    ]
+    quiet = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
+    options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    result = subprocess.run(script, env={**quiet, "WORLD_SIZE": "2"}, **options)
+    assert result.returncode == 2, result.stderr
+    assert re.fullmatch("error: [^\n]*MASTER_ADDR[^\n]*torchrun\n", result.stderr)
+    help_text = [*script, "--help"]
+    empty = {**quiet, "WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}
+    assert subprocess.run(help_text, env=empty, **options).returncode == 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Reports: their numbers against plain arithmetic, their reading of rows and folders, their table and picture."""
+"""Reports: their numbers against plain arithmetic, their reading of rows and folders, their table
+and picture."""
 
 import json
 import math
@@ -78,7 +79,8 @@ def test_scores_are_those_of_the_games_of_all_seeds():
 
 
 def test_differences_are_between_equal_games():
-    """Game for game 5 points and 0.1 nats more: sure, although both arms' own intervals overlap widely."""
+    """Game for game 5 points and 0.1 nats more: sure, although both arms' own intervals overlap
+    widely."""
     scores, hard = np.arange(0.0, 200.0, 10.0), np.linspace(0.5, 3.0, 9)
     rows = [
         row(scores=scores, losses=hard),
@@ -133,7 +135,7 @@ def test_recorded_games_stand_beside_the_arms_once():
 
 def test_columns_that_say_nothing_are_left_out():
     assert report.make_table(report.collect([row()])).splitlines()[0] == (
-        "| character | games | points [95 %] | normalized score [95 %] | held-out loss, nats [95 %] "
+        "| character | games | points [95 %] | normalized score [95 %] | held-out loss, nats [95 %] "  # noqa: E501
         "| died / no progress / step limit |"
     )
 
@@ -175,7 +177,7 @@ def test_causes_by_share_and_how_deep_beside_points():
     assert report.make_causes(report.collect(rows)).splitlines() == [
         "| character | games | why they ended |",
         "| :--- | ---: | :--- |",
-        f"| {MONK} | 21 | killed by a newt 48%; step limit 19%; b 10%; c 10%; starvation 5%; others 10% |",
+        f"| {MONK} | 21 | killed by a newt 48%; step limit 19%; b 10%; c 10%; starvation 5%; others 10% |",  # noqa: E501
     ]
     rows.append(row("bc"))
     cells = table_of(rows)
@@ -297,7 +299,8 @@ def test_a_folder_is_read_as_its_last_evaluation(run_folder, what, games):
 
 
 def test_an_evaluation_is_known_by_its_folder_alone(run_folder, tmp_path):
-    """What lies in scripts/results: config.json has paths and is not needed, older rows have no kind."""
+    """What lies in scripts/results: config.json has paths and is not needed, older rows have no
+    kind."""
     (tmp_path / "small").mkdir()
     for path in (run_folder / "best-evaluation").glob("*"):
         if path.suffix in (".csv", ".jsonl"):

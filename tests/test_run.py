@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Whole runs: what they write, that they repeat, go on to the bit where they stopped, and that nothing is lost.
+"""Whole runs: what they write, that they repeat, go on to the bit where they stopped, and that
+nothing is lost.
 
-`main` is called as from the command line, with a small network; one run at the true command line has it at full size.
+`main` is called as from the command line, with a small network; one run at the true command line
+has it at full size.
 """
 
 import csv
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -91,7 +94,8 @@ def assert_user_error(result, pattern):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, stores, stores_path, capfd, one_thread):
-    """small(settings...) -> (exit status, stdout, stderr) of `main` with 16 hidden units; runs lie in ./runs."""
+    """small(settings...) -> (exit status, stdout, stderr) of `main` with 16 hidden units; runs lie
+    in ./runs."""
     monkeypatch.chdir(tmp_path)
 
     def run(**settings):
@@ -114,7 +118,8 @@ EVALUATION = dict(eval_heldout_frames=64, eval_episodes=2, eval_processes=2, eva
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A run on the three characters, and the score of its best.pt: their folders and what they printed."""
+    """A run on the three characters, and the score of its best.pt: their folders and what they
+    printed."""
     folder, printed = tmp_path_factory.mktemp("full"), []
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "disabled"}
     run = folder / "runs" / "custom-nethack-pomdp-v0" / f"custom-{'+'.join(CHARACTERS)}-seed42"
@@ -222,7 +227,7 @@ class OfflineAlgorithm:
         info = {"loss": (matrix - 0.8).abs(), "matrix": matrix, "vector": vector, "target": target, "chunks": chunks,
                 "training": self.model.training, "drawn": torch.rand(()) + np.random.rand() + random.random()}
         return loss, states, info
-"""
+"""  # noqa: E501
 TOY_SETTINGS = dict(
     submission="toy.py",
     update_steps=8,
@@ -243,7 +248,8 @@ def toy(small):
 
 
 def test_an_update_is_what_the_settings_say(toy):
-    """AdamW moves a weight whose gradient is constant by the learning rate; the third update's gradient is infinite."""
+    """AdamW moves a weight whose gradient is constant by the learning rate; the third update's
+    gradient is infinite."""
     status, _, err = toy(**TOY_SETTINGS)
     assert status == 0 and re.fullmatch("warning: .*step 2 is not finite.*\n", err)
     matrix = vector = target = 1.0
@@ -386,7 +392,8 @@ def test_a_head_that_does_not_fit_the_batch_is_one_line(small):
 
 
 def test_what_is_learned_is_not_what_is_held_out(small, stores, monkeypatch):
-    """By the games that are read: for training by a thread, for the held-out loss by the main one."""
+    """By the games that are read: for training by a thread, for the held-out loss by the main
+    one."""
     block, read = pomdp.ChunkStore.block, {True: set(), False: set()}
 
     def noting(store, game, number):
@@ -447,7 +454,8 @@ CHANGES += dict(
 
 
 def test_settings_of_training_reach_training(small):
-    """Each of these must change what is learned; a setting that is read but not used changes nothing."""
+    """Each of these must change what is learned; a setting that is read but not used changes
+    nothing."""
     settings = dict(update_steps=2, eval_heldout_frames=0)
     assert small(**settings)[0] == 0
     for number, (name, value) in enumerate(CHANGES):
@@ -513,6 +521,7 @@ STOPS = {  # (what is disturbed, before which call, by what) -> exit status
     "SIGINT": (pomdp.Trainer, "update", 4, stop_by(signal.SIGINT), 130),
     "SIGHUP": (pomdp.Trainer, "update", 4, stop_by(signal.SIGHUP), 129),
     "SIGUSR1": (pomdp.Trainer, "update", 4, stop_by(signal.SIGUSR1), 138),
+    "SIGUSR2": (pomdp.Trainer, "update", 3, stop_by(signal.SIGUSR2), 140),
     "signal in the held-out loss": (pomdp.ChunkLoader, "batch_at", 6, None, 143),
     "killed": (pomdp.Trainer, "update", 4, killed, None),
     "killed before the first checkpoint": (pomdp.Trainer, "update", 2, killed, None),
@@ -692,6 +701,14 @@ def test_a_hang_up_is_ignored_under_nohup(small, monkeypatch):
         assert small()[0] == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(small):
+    """As a notebook or a tuner starts it: there Python allows no handlers."""
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(small, update_steps=1).result()[0] == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 DIFFERING = dict(
@@ -977,11 +994,12 @@ Model = ours.Model
 class OfflineAlgorithm(ours.OfflineAlgorithm):
     def _metrics(self, *args):
         return {"mark": torch.full((), helper_of_an_idea.MARK)}
-"""
+"""  # noqa: E501
 
 
 def test_a_submission_is_loaded_as_a_module_is_and_found_from_anywhere(small, monkeypatch):
-    """With its own helper, a byte-order mark, and a path that is relative to where the run began."""
+    """With its own helper, a byte-order mark, and a path that is relative to where the run
+    began."""
     home = Path("home").absolute()
     folder = home / "ideas"
     folder.mkdir(parents=True)
@@ -1011,7 +1029,9 @@ def test_a_submission_is_loaded_as_a_module_is_and_found_from_anywhere(small, mo
 def test_a_block_knows_the_benchmark_s_names_and_no_others(small):
     """What our file happens to import would not be there when the benchmark runs the block."""
     banner = "# ====  EDITABLE {}  ====\n"
-    names = "os sys random uuid wandb torch nn F np pyrallis deepcopy dataclass asdict Optional Dict"
+    names = (
+        "os sys random uuid wandb torch nn F np pyrallis deepcopy dataclass asdict Optional Dict"
+    )
     names += " Tuple Any List tqdm trange Categorical TrainConfig ModelBackbone soft_update"
     names += " asymmetric_l2_loss LSTM_HIDDEN UPDATE_INFO DEVICE"
     used = f"{', '.join(names.split())}\nclass Model: pass\nclass OfflineAlgorithm: pass\n"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Pages of the games that a run kept: which, in what order, what the index says, and wandb's rows."""
+"""Pages of the games that a run kept: which, in what order, what the index says, and wandb's
+rows."""
 
 import html
 import json

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""scripts/README.md lists each script with its own first sentence, commands stand apart from modules
-and import no other command, and each finds its modules in whatever folder it is started.
+"""scripts/README.md lists each script with its own first sentence, commands stand apart from
+modules and import no other command, and each finds its modules in whatever folder it is started.
 
 After a script came, went or says something else: add or remove its line in scripts/README.md, then
 `python tests/test_scripts.py` writes the sentences.

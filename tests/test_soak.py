@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The trials of scripts/soak.sh in short: one place holds the code, the script runs it at full length."""
+"""The trials of scripts/soak.sh in short: one place holds the code, the script runs it at full
+length."""
 
 import re
 import sys

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark's batches made of recorded games, their picture, and the study that trains blocks on them."""
+"""The benchmark's batches made of recorded games, their picture, and the study that trains blocks
+on them."""
 
 import json
 import subprocess
@@ -52,7 +53,8 @@ def take(games, table, count, **settings):
 
 @pytest.fixture(scope="module")
 def batches(monk, table):
-    """40 batches of 3 rows and 32 + 1 steps: one begins with the shortest game, so that another follows."""
+    """40 batches of 3 rows and 32 + 1 steps: one begins with the shortest game, so that another
+    follows."""
     return take(monk, table, 40, batch_size=3, seq_len=32, train_seed=40)
 
 
@@ -71,7 +73,8 @@ def test_batches_look_as_the_made_up_ones_and_overlap_by_a_step(batches, table):
 
 
 def test_rows_play_whole_games_one_after_another(batches, stores):
-    """Without the overlap a row is games from their first frame to their last, as the store has them."""
+    """Without the overlap a row is games from their first frame to their last, as the store has
+    them."""
     store, inside, rewards = stores[MONK], 0, []
     for row in range(3):
         stream = {
@@ -123,7 +126,8 @@ def test_the_seed_decides_the_order_of_games(monk, table):
 
 # --- The picture
 def test_every_cell_is_drawn_at_its_place_and_black_beyond_the_screen(table):
-    """Against a loop over cells, with the cursor in corners and the middle, and all colours and characters."""
+    """Against a loop over cells, with the cursor in corners and the middle, and all colours and
+    characters."""
     rng = np.random.default_rng(0)
     cursor = np.array([(0, 0), (23, 79), (0, 79), (12, 40)], dtype=np.uint8)
     chars, colors = (
@@ -174,7 +178,8 @@ class Recorder(torch.nn.Module):
 
 
 def test_blocks_play_with_what_the_benchmark_gives(table):
-    """Two slots and three games of five steps: the first slot's second game finds the state that the first one left."""
+    """Two slots and three games of five steps: the first slot's second game finds the state that
+    the first one left."""
     model = Recorder()
     config = pomdp.TrainConfig(eval_processes=2, eval_episodes=3, eval_max_steps=5)
     player = study.Player(model, table)

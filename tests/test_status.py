@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The status lines' reader against NLE's own blstats: in ordinary games, in places few games reach, and row by row."""
+"""The status lines' reader against NLE's own blstats: in ordinary games, in places few games reach,
+and row by row."""
 
 import re
 
@@ -12,7 +13,8 @@ from nle.env.tasks import NetHackScore
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NUM_BLSTATS, ROWS, read_blstats
 
-# Places in NLE's blstats (nle/include/nletypes.h), written out here so that a wrong index in the code cannot hide.
+# Places in NLE's blstats (nle/include/nletypes.h), written out here so that a wrong index in the
+# code cannot hide.
 STRENGTH_25, STRENGTH, DEXTERITY, CONSTITUTION, INTELLIGENCE, WISDOM, CHARISMA = range(2, 9)
 (
     HP,
@@ -35,7 +37,8 @@ LOWER = [*range(HP, LOAD + 1), CONDITION]  # never shown: position, score, dunge
 
 
 def differences(live, rows, read):
-    """Places in which `read` differs from NLE's `live` although the screen shows them, or is not 0 elsewhere."""
+    """Places in which `read` differs from NLE's `live` although the screen shows them, or is not 0
+    elsewhere."""
     upper, lower = (
         re.search(r" St:\d.* Ch:\d", rows[22]),
         re.search(r"HP:\d+\(\d+\) Pw:.* T:\d", rows[23]),
@@ -52,8 +55,8 @@ def differences(live, rows, read):
 
 
 class Game:
-    """A game of NLE's, every frame of which can be compared with NLE's own blstats; in wizard mode it has wishes and
-    can go anywhere."""
+    """A game of NLE's, every frame of which can be compared with NLE's own blstats; in wizard mode
+    it has wishes and can go anywhere."""
 
     def __init__(self, seed, wizard=True, **options):
         fixed = {"fix_moon_phase": True} if int(pomdp.nle.__version__.split(".")[0]) >= 1 else {}
@@ -150,12 +153,13 @@ def wizard():
     game.env.close()
 
 
-# -- games -------------------------------------------------------------------------------------------------------------
-CHARACTERS = "mon-hum-neu wiz-elf-cha tou-hum-neu arc-gno-neu kni-hum-law pri-elf-cha sam-hum-law hea-gno-neu".split()
+# -- games -----------------------------------------------------------------------------------------
+CHARACTERS = "mon-hum-neu wiz-elf-cha tou-hum-neu arc-gno-neu kni-hum-law pri-elf-cha sam-hum-law hea-gno-neu".split()  # noqa: E501
 
 
 def test_agrees_with_nle_in_random_games():
-    """Every place that the screen shows, in every frame of play that answers half of what asks for a key."""
+    """Every place that the screen shows, in every frame of play that answers half of what asks for
+    a key."""
     seen, frames, stale, hidden, keys = (
         [],
         0,
@@ -177,7 +181,8 @@ def test_agrees_with_nle_in_random_games():
                 break
             read, live, rows = game.read, game.live, game.rows
             wrong = differences(live, rows, read)
-            # NetHack redraws the turn counter late where a message interrupts a turn: the screen is behind.
+            # NetHack redraws the turn counter late where a message interrupts a turn: the screen is
+            # behind.
             if wrong == [TURN] and agreed <= read[TURN] < live[TURN]:
                 stale, wrong = stale + 1, []
             else:
@@ -200,7 +205,8 @@ def test_agrees_with_nle_in_random_games():
 
 
 def test_wizard_abilities_and_load(wizard):
-    """Strength of every form, negative armour class, all loads, and more conditions than a row has room for."""
+    """Strength of every form, negative armour class, all loads, and more conditions than a row has
+    room for."""
     for potion, place, low, high in (
         ("gain ability", STRENGTH, 19, 117),
         ("gain level", LEVEL, 10, 10),
@@ -244,8 +250,9 @@ def test_wizard_abilities_and_load(wizard):
 
 
 def test_wizard_conditions(wizard):
-    """Each beside those before it, so that the row fills and every word is shown in each of its lengths."""
-    conditions = "petrifying|becoming slime|strangling|fatally sick|stunned|confused|hallucinating|deafness|blinded|levitat"
+    """Each beside those before it, so that the row fills and every word is shown in each of its
+    lengths."""
+    conditions = "petrifying|becoming slime|strangling|fatally sick|stunned|confused|hallucinating|deafness|blinded|levitat"  # noqa: E501
     wizard.suffer(*conditions.split("|"))
     assert bin(wizard.live[CONDITION]).count("1") == 10
     words = "Stone Ston Sto Slime Slim Slm Strngl Stngl Str Stun St Cnf Cf Hl Df Bl Lv"
@@ -307,7 +314,7 @@ def test_wizard_hunger(wizard):
     assert {"Satiated", "Hungry", "Weak", "Fainting"} <= wizard.words
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 ABILITIES = "Agent the Stripling            St:16 Dx:11 Co:18 In:9 Wi:10 Ch:7 Neutral S:0"
 VITALS = "Dlvl:1 $:0 HP:14(14) Pw:4(4) AC:4 Xp:1/0 T:1"
 MENU = " a - a blessed +1 quarterstaff (weapon in hands)"
@@ -358,7 +365,8 @@ def test_plain_rows_hidden_rows_and_frames_beside_each_other():
         (rows, in_places(**upper, **lower)),
         ((rows[0], MENU), in_places(**upper)),
         ((MENU, rows[1]), in_places(**lower)),
-        # Seen in recorded games: a menu of 22 lines ends on row 22 and leaves the row below as it is.
+        # Seen in recorded games: a menu of 22 lines ends on row 22 and leaves the row below as it
+        # is.
         (("Agent the Initiate             St:18/09  (end)", rows[1]), in_places(**lower)),
         ((MENU, MENU), in_places()),
         (("", ""), in_places()),
@@ -452,8 +460,8 @@ def test_places_and_gold():
 
 # Words as NetHack writes them (botl.c, wintty.c), with the value that each stands for.
 HUNGERS = {"Satiated": 0, "": 1, "Hungry": 2, "Weak": 3, "Fainting": 4, "Fainted": 5}
-LOADS = "Burdened|Burden|Brd Stressed|Stress|Strs Strained|Strain|Strn Overtaxed|Overtax|Ovtx Overloaded|Overload|Ovld"
-CONDITIONS = "Stone|Ston|Sto Slime|Slim|Slm Strngl|Stngl|Str FoodPois|Fpois|Poi TermIll|Ill Blind|Blnd|Bl Deaf|Def|Df "
+LOADS = "Burdened|Burden|Brd Stressed|Stress|Strs Strained|Strain|Strn Overtaxed|Overtax|Ovtx Overloaded|Overload|Ovld"  # noqa: E501
+CONDITIONS = "Stone|Ston|Sto Slime|Slim|Slm Strngl|Stngl|Str FoodPois|Fpois|Poi TermIll|Ill Blind|Blnd|Bl Deaf|Def|Df "  # noqa: E501
 CONDITIONS += "Stun|St Conf|Cnf|Cf Hallu|Hal|Hl Lev|Lv Fly|Fl Ride|Rid|Rd"
 
 
@@ -473,7 +481,7 @@ def test_status_words_one_by_one():
     assert found[:, [HUNGER, LOAD, CONDITION]].tolist() == [values for _, values in expected]
 
 
-PIECES = "St:|18/|**| |:|Dlvl:|Home |$:|HP:|(|)|Xp:|HD:|T:|-|Neutral|Astral Plane|99999999999999999999|1|Conf|\xff|\0"
+PIECES = "St:|18/|**| |:|Dlvl:|Home |$:|HP:|(|)|Xp:|HD:|T:|-|Neutral|Astral Plane|99999999999999999999|1|Conf|\xff|\0"  # noqa: E501
 TEXTS = st.binary(max_size=COLS).map(lambda raw: raw.decode("latin-1")) | st.lists(
     st.sampled_from(PIECES.split("|"))
 ).map("".join)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Studies: whole ones on the recorded games, cut off and gone on with; what a file may say; what is still to do."""
+"""Studies: whole ones on the recorded games, cut off and gone on with; what a file may say; what is
+still to do."""
 
 import json
 import re
@@ -23,8 +24,8 @@ GAMES, STUDIES, MONK = (
     ROOT / "scripts" / "studies",
     "mon-hum-neu",
 )
-KEYS = "study algorithm variant seed characters settings config evaluation commit script_sha256 submission_sha256 command"
-KEYS += " hardware versions rnn_hidden_dim parameters data transitions best_transitions wall_seconds evaluation_seconds"
+KEYS = "study algorithm variant seed characters settings config evaluation commit script_sha256 submission_sha256 command"  # noqa: E501
+KEYS += " hardware versions rnn_hidden_dim parameters data transitions best_transitions wall_seconds evaluation_seconds"  # noqa: E501
 KEYS += " heldout heldout_games recorded_scores curve scores depths turns lengths ends"
 KEYS += " max_depths levels causes"
 BASE = """
@@ -32,7 +33,7 @@ BASE = """
  base: {rnn_hidden_dim: 16, update_steps: 3, batch_size: 4, seq_len: 8, log_every: 1, eval_every: 2,
         heldout_share: 0.3, eval_heldout_frames: 64, eval_processes: 2, eval_max_steps: 30, learning_rate: 0.03,
         algorithm: {lam: 0.5}}, evaluations: {ours: {argmax: {algorithm: {temperature: 0.001}, games: 1}}},
- arms: {ours: {}, slow: {learning_rate: 1.0e-5, algorithm: {burn_in: 0}, seeds: [2], games: 3}}}"""
+ arms: {ours: {}, slow: {learning_rate: 1.0e-5, algorithm: {burn_in: 0}, seeds: [2], games: 3}}}"""  # noqa: E501
 SLOW, ARGMAX = "learning_rate: 1.0e-5, algorithm: {burn_in: 0}", "algorithm: {temperature: 0.001}, "
 ONE = BASE.replace("seeds: [1, 2]", "seeds: [1]").replace(", val-hum-neu", "")
 
@@ -91,7 +92,8 @@ def test_runs_go_seed_by_seed_over_all_arms_and_each_row_is_made_once(small, sto
 def test_what_is_missing_is_played_with_weights_that_are_there(
     small, stores_path, tmp_path, capsys
 ):
-    """One variant's row is gone and another is cut short: no training is repeated, and the same rows come again."""
+    """One variant's row is gone and another is cut short: no training is repeated, and the same
+    rows come again."""
     expected, lines = rows_in(small), (small / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:1] + lines[2:4]) + lines[4][:50])
     more = ["--characters", MONK, "--keep", "--out", f"{tmp_path}/rows.jsonl"]

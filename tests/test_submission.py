@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""scripts/check_submission.py: it accepts what the benchmark would run, each of its checks can fail, and the references
-are what they claim."""
+"""scripts/check_submission.py: it accepts what the benchmark would run, each of its checks can
+fail, and the references are what they claim."""
 
 import re
 import subprocess
@@ -37,7 +37,8 @@ def path_of(name):
 
 
 def edited(name, *changes):
-    """The block of ours or a reference with pieces of its text replaced; a piece that is not there is a mistake."""
+    """The block of ours or a reference with pieces of its text replaced; a piece that is not there
+    is a mistake."""
     block = standin.read_block(path_of(name))
     source = block.source
     for old, new in changes:
@@ -111,17 +112,17 @@ def test_a_file_without_a_block_is_told_in_one_line(text, message, tmp_path, cap
     "source, expected",
     [
         (
-            "x = [np, nn, F, Categorical, deepcopy, ModelBackbone, soft_update, len, Optional[Dict[str, Any]]]",
+            "x = [np, nn, F, Categorical, deepcopy, ModelBackbone, soft_update, len, Optional[Dict[str, Any]]]",  # noqa: E501
             [],
         ),
         (
-            "import math\ndef f(a, *b, c=1, **d):\n    e = a\n    return [g + e for g in b], math, c, d",
+            "import math\ndef f(a, *b, c=1, **d):\n    e = a\n    return [g + e for g in b], math, c, d",  # noqa: E501
             [],
         ),
         ("def f():\n    return later()\ndef later():\n    return 1", []),
         ("def f():\n    global made\n    made = 1\ndef g():\n    return made", []),
         (
-            "class A:\n    n = 2\n    m: int = n + 1\n    def f(self):\n        return super().f(), __class__",
+            "class A:\n    n = 2\n    m: int = n + 1\n    def f(self):\n        return super().f(), __class__",  # noqa: E501
             [],
         ),
         ("try:\n    pass\nexcept ValueError as error:\n    raise error", []),
@@ -142,11 +143,11 @@ def test_names_from_outside(source, expected):
     "source, complaints",
     [
         (
-            "import math, torch.nn.functional, nle\nfrom collections import deque\nimport numpy as np",
+            "import math, torch.nn.functional, nle\nfrom collections import deque\nimport numpy as np",  # noqa: E501
             [],
         ),
         (
-            "a = {**b}\nc = (a > 1) | (b > 1)\nd = zip(a, b)\nm.load_state_dict(w, strict=True)\na |= b\n",
+            "a = {**b}\nc = (a > 1) | (b > 1)\nd = zip(a, b)\nm.load_state_dict(w, strict=True)\na |= b\n",  # noqa: E501
             [],
         ),
         ("import gym", ["line 1: import of gym"]),
@@ -339,7 +340,7 @@ def test_a_broken_block_fails(name, message, old, new):
 
 
 CLEARED = '        inputs["prev_actions"] = previous'
-KEPT = '        inputs["tty_chars"], self.kept = getattr(self, "kept", inputs["tty_chars"]), inputs["tty_chars"]\n'
+KEPT = '        inputs["tty_chars"], self.kept = getattr(self, "kept", inputs["tty_chars"]), inputs["tty_chars"]\n'  # noqa: E501
 TRAPS = [  # of our own block: the text, the mistake in its place, what is told
     ("[:, start:end].contiguous()", "[:, start:end]", "view size is not compatible.*line"),
     (
@@ -462,7 +463,8 @@ def test_the_loop_is_the_benchmarks():
     standin.run_training(
         algo, config, steps([2.0, 3.0, 90.0], [False, True, False]), 3, on_step=keep
     )
-    # 2 / sqrt(4); 0.5 * 2 + 3 = 4, so 3 / sqrt((4 + 16) / 2); then the sum began again: 90 / sqrt((4 + 16 + 8100) / 3).
+    # 2 / sqrt(4); 0.5 * 2 + 3 = 4, so 3 / sqrt((4 + 16) / 2); then the sum began again: 90 /
+    # sqrt((4 + 16 + 8100) / 3).
     assert [before["rewards"][0, 0].item() for before in seen] == pytest.approx(
         [1.0, 3 / 10**0.5, 1.5]
     )
@@ -522,7 +524,8 @@ def test_our_block_gets_over_the_first_rewards():
 
 # --- The references' equations, against plain loops
 class TinyBackbone(nn.Module):
-    """Has no memory and sees one number, so that an expected value can be written down; its state counts the frames."""
+    """Has no memory and sees one number, so that an expected value can be written down; its state
+    counts the frames."""
 
     num_actions, rnn_hidden_dim = 4, 3
 
@@ -549,7 +552,8 @@ def reference(name):
 
 
 def tiny_batch():
-    """[2, 5], and the actions before: a game ends inside the first row; in the second, two frames do not count."""
+    """[2, 5], and the actions before: a game ends inside the first row; in the second, two frames
+    do not count."""
     generator = torch.Generator().manual_seed(1)
     return {
         "tty_chars": torch.randn(2, 5, generator=generator),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark's references, and the studies' variants of ours: each differs in the one thing that it is named for."""
+"""The benchmark's references, and the studies' variants of ours: each differs in the one thing that
+it is named for."""
 
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
 from nle import nethack
+from torch.utils._pytree import tree_leaves
 
 import custom_nethack_pomdp as pomdp
 
@@ -39,7 +40,8 @@ def algorithm_of(module):
 
 @pytest.fixture
 def batches(games):
-    """Batches of four rows of recorded games, as they come from the loader, prev_actions among them."""
+    """Batches of four rows of recorded games, as they come from the loader, prev_actions among
+    them."""
     every = np.arange(len(games.frames))
     loader = blind_value.LoaderWithReturns(games, every, config(), 4, 1.0)
 
@@ -108,7 +110,8 @@ def test_each_one_is_a_submission_that_learns_resumes_and_acts(path, batches):
 @torch.no_grad()
 @pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
 def test_the_references_losses_are_those_of_the_papers(path, batches):
-    """Frame by frame, in plain loops. The target has other weights, a game ends, and a frame does not count."""
+    """Frame by frame, in plain loops. The target has other weights, a game ends, and a frame does
+    not count."""
     algorithm, batch = algorithm_of(pomdp.load_submission(str(path))), batches(0)
     batch["mask"][2, 3], batch["dones"][1, 4], batch["rewards"] = False, True, torch.randn(4, 9)
     batch["actions"].remainder_(5)
@@ -183,7 +186,8 @@ def test_classes_over_bins_learn_the_value(batches):
 
 
 def test_a_blind_value_learns_exact_returns_and_sees_status_numbers_alone(games):
-    """Its runs' own loader gives it the returns; whatever else the screen shows, the value stays."""
+    """Its runs' own loader gives it the returns; whatever else the screen shows, the value
+    stays."""
     algorithm = algorithm_of(blind_value)
     loader = pomdp.ChunkLoader(games, np.arange(len(games.frames)), config(), 4, 1.0)
     batch, prev_actions = loader.batch_at(3)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Watching: the agent's game is evaluation's, what is shown is what was seen, keys do what they say."""
+"""Watching: the agent's game is evaluation's, what is shown is what was seen, keys do what they
+say."""
 
 import bz2
 import fcntl
@@ -90,7 +91,8 @@ def evaluated(checkpoint):
 
 @pytest.mark.parametrize("number", [0, 2, 4])
 def test_the_game_is_the_one_that_evaluation_plays(checkpoint, evaluated, number):
-    """Screen by screen and action by action; game 4 comes second in its slot: chance depends on the game before it."""
+    """Screen by screen and action by action; game 4 comes second in its slot: chance depends on the
+    game before it."""
     screens, actions, results = evaluated
     algorithm, config, _ = pomdp.load_agent(checkpoint)
     row = number % 3
@@ -122,7 +124,8 @@ def test_settings_of_the_evaluation_can_be_given(checkpoint):
 
 
 def test_probabilities_and_value_are_the_model_s(checkpoint, recorded):
-    """Against the model unrolled over the recording in one go: the state moves once a step, by the recorded action."""
+    """Against the model unrolled over the recording in one go: the state moves once a step, by the
+    recorded action."""
     path, frames = recorded
     model, steps = pomdp.load_agent(checkpoint)[0].model.eval(), 150
     part = pomdp.Frames(*(array[:steps] for array in frames))
@@ -193,7 +196,8 @@ def test_a_recording_that_breaks_off_is_shown_so_far(tmp_path, recorded):
 
 # --- what is drawn
 def test_colours_and_bytes_that_are_no_text(monkeypatch):
-    """All 16 colours, plain and inverse; the panel at the game's right, or below it in a narrow terminal."""
+    """All 16 colours, plain and inverse; the panel at the game's right, or below it in a narrow
+    terminal."""
     chars, colors = (
         np.full((24, 80), ord("a"), np.uint8),
         np.tile(np.arange(80, dtype=np.int8) % 32, (24, 1)),
@@ -239,7 +243,7 @@ def test_frames_as_text(checkpoint, evaluated):
         assert f"key   {watch.action_name(int(actions[results[1].length + number][1]))}\n" in frame
     assert (
         last
-        == f"{MONK}, game 4 of seed 50: step 50, turn {results[4].turns}, score 0; the end: step limit\n"
+        == f"{MONK}, game 4 of seed 50: step 50, turn {results[4].turns}, score 0; the end: step limit\n"  # noqa: E501
     )
 
 
@@ -258,7 +262,8 @@ class Session:
                 environment.pop(name, None)
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
             line = [sys.executable, str(SCRIPT), *map(str, arguments)]
-            # given, since readline, which pytest loads, sets COLUMNS where os.environ does not see it
+            # given, since readline, which pytest loads, sets COLUMNS where os.environ does not see
+            # it
             os.execve(sys.executable, line, environment)
 
     def until(self, pattern):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Behavioural cloning, the plainest of the benchmark's references (Pomerleau, "ALVINN", NeurIPS 1988).
+"""Behavioural cloning, the plainest of the benchmark's references (Pomerleau, "ALVINN", NeurIPS
+1988).
 
     L = -E[ log pi(a_t | s_1..s_t) ],  pi a softmax of one linear layer on the LSTM's output
 
-As the benchmark has it: it acts by argmax, and the recurrent state runs on from one game to the next.
-Run it with `--submission scripts/references/bc.py`. Axes as in the main file.
+As the benchmark has it: it acts by argmax, and the recurrent state runs on from one game to the
+next. Run it with `--submission scripts/references/bc.py`. Axes as in the main file.
 """
 
 from typing import Any, Dict, List, Tuple

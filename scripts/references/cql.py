@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Conservative Q-learning, one of the benchmark's three references (Kumar et al., arXiv 2006.04779, equation 4).
+"""Conservative Q-learning, one of the benchmark's three references (Kumar et al., arXiv 2006.04779,
+equation 4).
 
     L = 2 E[ (Q(s, a) - y)^2 ] + E[ log sum_a' exp Q(s, a') - Q(s, a) ]
     y = r + gamma (1 - done) max_a' Q_target(s', a')
 
-Q is one linear layer on the LSTM's output. As the benchmark has it: the 2 stands before the first term (the paper's
-alpha stands before the second), the maximum is over the target network's own values, and that network follows with tau;
-it acts by argmax, and each network's recurrent state runs on from one game to the next.
-`loss_per_action` is the second term: what a policy that draws from softmax(Q) would pay.
-Run it with `--submission scripts/references/cql.py`. Axes as in the main file.
+Q is one linear layer on the LSTM's output. As the benchmark has it: the 2 stands before the first
+term (the paper's alpha stands before the second), the maximum is over the target network's own
+values, and that network follows with tau; it acts by argmax, and each network's recurrent state
+runs on from one game to the next. `loss_per_action` is the second term: what a policy that draws
+from softmax(Q) would pay. Run it with `--submission scripts/references/cql.py`. Axes as in the main
+file.
 """
 
 from copy import deepcopy

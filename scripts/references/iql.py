@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Implicit Q-learning, the strongest of the benchmark's references (Kostrikov et al., arXiv 2110.06169, equations 5-7).
+"""Implicit Q-learning, the strongest of the benchmark's references (Kostrikov et al., arXiv
+2110.06169, equations 5-7).
 
     L_V  = E[ |0.8 - 1(u < 0)| u^2 ],         u = min_i Q_i,target(s, a) - V(s)
     L_Q  = E[ (Q_i(s, a) - y)^2 ], mean over i,  y = r + gamma (1 - done) V(s')
     L_pi = E[ -exp(u) log pi(a | s) ]
 
-The policy, V and the Q_i are linear in the LSTM's output, the Q_i in the one-hot action too. As the benchmark has it:
-the target network follows with tau; V(s') is the online network's, in a stream of its own over the next frames; it acts
-by argmax; the three recurrent states run on from one game to the next. One thing differs: exp(u) is held at 100, as in
-the authors' code; the benchmark holds u at 100, whose exponential is infinite in float32.
-Run it with `--submission scripts/references/iql.py`. Axes as in the main file.
+The policy, V and the Q_i are linear in the LSTM's output, the Q_i in the one-hot action too. As the
+benchmark has it: the target network follows with tau; V(s') is the online network's, in a stream of
+its own over the next frames; it acts by argmax; the three recurrent states run on from one game to
+the next. One thing differs: exp(u) is held at 100, as in the authors' code; the benchmark holds u
+at 100, whose exponential is infinite in float32. Run it with `--submission
+scripts/references/iql.py`. Axes as in the main file.
 """
 
 import math

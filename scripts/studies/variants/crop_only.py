@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Ours, seeing only what Katakomba's references see: a crop round the cursor, the message line and the status lines.
-Every other cell of the screen is made blank before the backbone looks at it."""
+"""Ours, seeing only what Katakomba's references see: a crop round the cursor, the message line and
+the status lines. Every other cell of the screen is made blank before the backbone looks at it."""
 
 from typing import Any, Tuple
 
@@ -12,7 +12,8 @@ HALF = ours.ScreenEncoder.CROP // 2
 
 
 def blank_outside(_backbone: Any, arguments: Tuple[Any, ...]) -> Tuple[Any, ...]:
-    """The backbone's inputs, with tty_chars, tty_colors [B, T, 24, 80] blank where a crop would not look."""
+    """The backbone's inputs, with tty_chars, tty_colors [B, T, 24, 80] blank where a crop would not
+    look."""
     inputs, *state = arguments
     row, column = inputs["tty_cursor"].long()[..., None, None].unbind(2)  # [B, T, 1, 1]
     rows = torch.arange(ours.ROWS, device=row.device)[:, None]

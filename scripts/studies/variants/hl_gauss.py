@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Ours with the value as classes over bins instead of a scalar (HL-Gauss, arXiv 2403.03950, section 3): cross-entropy
-to a Gaussian around the target; the value is the expectation over the bins' centres. Head: 266,811 parameters."""
+"""Ours with the value as classes over bins instead of a scalar (HL-Gauss, arXiv 2403.03950, section
+3): cross-entropy to a Gaussian around the target; the value is the expectation over the bins'
+centres. Head: 266,811 parameters."""
 
 from typing import Any, Tuple
 
@@ -15,7 +16,8 @@ SIGMA = 0.75 * (HIGH - LOW) / BINS  # of the Gaussian: 0.75 bins (section 4.1 th
 
 
 def target_bins(targets: Tensor) -> Tensor:
-    """Targets [...] -> probabilities [..., BINS] of a Gaussian of width SIGMA around them, within the bins' range."""
+    """Targets [...] -> probabilities [..., BINS] of a Gaussian of width SIGMA around them, within
+    the bins' range."""
     edges = torch.linspace(LOW, HIGH, BINS + 1, device=targets.device)
     below = torch.special.ndtr((edges - targets.clamp(LOW, HIGH)[..., None]) / SIGMA)
     return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])
