@@ -1,3 +1,19 @@
+# SPDX-License-Identifier: MIT
+
+# /// script
+# requires-python = ">=3.10,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "nle==1.3.0",
+#     "numpy==2.2.6",
+#     "pyrallis==0.3.1",
+#     "PyYAML==6.0.3",
+#     "wandb==0.31.0",
+#     "zstandard==0.25.0",
+#     "h5py==3.16.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
 """Recurrent advantage-weighted regression with burn-in for NetHack, offline.
 
 Trains on games of the symbolic bot AutoAscend (NLD-AA) and plays NetHack (NLE) with the result; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How fast each part is, side by side with what there was before, in one run.
 
     python scripts/benchmark.py --data_path tests/data/nle_data --rows read,bytes,build

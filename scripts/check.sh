@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # For people who change the code: layout and style (ruff), types (mypy) and the shell scripts' syntax. Makes .venv, whose libraries mypy
 # reads, and .venv-check with the tools when needed. Exits with 1 where something was found, with 2 where nothing was checked.
 set -euo pipefail

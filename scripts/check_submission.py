@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Before a block is handed in: will the benchmark take it, as far as a stand-in can tell?
 
     python scripts/check_submission.py                            the block of the main file

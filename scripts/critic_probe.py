@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Is there anything to weight by? How much more than the state the action tells of what comes.
 
     python scripts/critic_probe.py --checkpoint RUN/best.pt --data_path DATA_DIR

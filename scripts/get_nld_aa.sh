@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # Fetches NLD-AA, the recorded games of AutoAscend (Meta, arXiv 2211.00539), and unpacks it.
 #
 #   bash scripts/get_nld_aa.sh DATA_DIR              the taster pack: 1,934 games, a download of 1.7 GB

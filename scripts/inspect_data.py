@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is in a data folder: each character's games, their scores and depths, what is left out.
 
     python scripts/inspect_data.py DATA_DIR

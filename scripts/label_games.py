@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Makes games to train on of games without keys: an inverse model says which keys were pressed.
 
     python custom_nethack_pomdp.py --submission scripts/studies/variants/inverse_dynamics.py \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Play games of NetHack with a player of your choice and record them in NLD-AA's layout.
 
     python scripts/record_games.py --character mon-hum-neu --games 20 --out my_games --workers 2

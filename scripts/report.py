@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Turns results into Markdown tables; with --out also into a report with learning curves.
 
     python scripts/report.py scripts/results/cpu_small.jsonl --out DIR   # rows of scripts/study.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Before a release, by scripts/soak.sh: long trials of what a run promises to survive.
 
     kills    runs that are killed (SIGKILL) at random moments: while they build the store, train,

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # What takes too long for the tests: kills, full disks and games by the thousand (scripts/soak.py says what each
 # must survive). Makes .venv when needed. Arguments replace these counts, e.g. scripts/soak.sh --kills 100 --seed 1
 set -euo pipefail

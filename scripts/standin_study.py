@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """After the block was changed: ours, BC and IQL as the benchmark runs them, but on real games.
 
     python scripts/standin_study.py --data_path DATA_DIR --rnn_hidden_dim 512 --out rows.jsonl

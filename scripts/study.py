@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Runs a study: arms (algorithms, or ours with one change) x characters x seeds, from one file.
 
     python scripts/study.py scripts/studies/cpu_small.yaml --dry_run      # what there is to do

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # Runs the main file's tests on the stack of the benchmark's container: Python 3.8, torch 2.0.1, nle 0.9.0, gym 0.23, numpy 1.23.
 # (Scripts need Python 3.10.) Makes .venv-legacy when needed, for which nle is built from source; without a Python 3.8 a later one
 # up to 3.11 will do. Arguments go on to pytest.

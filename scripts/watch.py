@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Watch an agent play, or a recorded game, in the terminal; or print either as text.
 
     python scripts/watch.py --checkpoint scripts/agents/small_512.pt   # the agent in the box plays

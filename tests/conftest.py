@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What all tests share: the path to the code, quiet libraries, the recorded games and the stores
 made of them."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Backbone, model and algorithm: reference implementations, properties, and what must not leave a
 trace."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Settings: the command line over the file over the defaults, and one clear line for every
 mistake."""
 

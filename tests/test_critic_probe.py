@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """scripts/critic_probe.py: it finds what an action tells where it tells something, and nothing
 where it does not."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recorded games -> chunk store -> batches: against nle's own readers, against plain loops, and
 with damaged input."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Evaluation: fair quotas, results that repeat to the bit, held-out games, and nothing left
 behind."""
 

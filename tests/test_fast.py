@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Speed changes no result: what only makes things faster gives what the plain way gives. And the
 benchmark runs."""
 

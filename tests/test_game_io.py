@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The game as it is played, and as it is read back from its recording: the same screens, actions
 and rewards."""
 

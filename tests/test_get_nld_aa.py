@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """scripts/get_nld_aa.sh against a server on this machine: breaks, damage, hostile archives,
 mistakes."""
 

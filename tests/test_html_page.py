@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The page of a game: a browser shows the game's own screens, marks stand where things happened."""
 
 import base64

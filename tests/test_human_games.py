@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Human games: found and joined from alt.org's layout, read in versions 1 and 2, told of and
 watched.
 

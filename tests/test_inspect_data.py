@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What inspect_data tells of a folder is what training reads there, and what is left out is
 named."""
 

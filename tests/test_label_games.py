@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Human games are labelled: each key stands at the screen on which it was pressed, and training
 takes what comes out.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Logging: metrics.jsonl always, wandb where it is configured, and the lines that readers of output
 look for."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Several processes: they learn what one would, play the same games, stop together, and go on to
 the bit.
 

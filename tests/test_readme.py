@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The READMEs' tables are what their rows make; commands can be given; links and names exist.
 
 A table's marker says what it is made from: <!-- table: report small_512 --> stands above what
@@ -102,7 +103,7 @@ def commands():
     for text in TEXTS.values():
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
             yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
-        yield from re.findall(r"`((?:python|bash|torchrun) [^`]+)`", text)
+        yield from re.findall(r"`((?:python|bash|torchrun|uv) [^`]+)`", text)
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(commands()))
@@ -110,7 +111,7 @@ def test_a_command_can_be_given(line, monkeypatch):
     """Its files are there; the main file takes the settings, other scripts know the options."""
     program, *words = shlex.split(line, comments=True)
     script = next((word for word in words if word.endswith((".py", ".sh"))), "")
-    assert program in ("python", "bash", "torchrun", "source"), line
+    assert program in ("python", "bash", "torchrun", "source", "uv"), line
     for word in words:
         assert not word.startswith(("scripts/", "tests/")) or (ROOT / word).exists(), word
     arguments = words[words.index(script) + 1 :] if script else []
@@ -140,16 +141,18 @@ def test_the_quickstart_s_output_follows_from_its_settings_and_games(stores):
     assert f"-seed{config.train_seed} at step 0" in block and "+".join(config.characters) in block
 
 
-MAP = r"(?s)(?<=```text\n)\d+ imports.*?(?=\n```)"
+MAP = r"(?s)(?<=```text\n)\d+ Imports.*?(?=\n```)"
 
 
 def map_of_the_file():
     """Sections of the main file with the lines at which they begin, from its banners."""
     sections = []
     lines = (ROOT / "custom_nethack_pomdp.py").read_text(encoding="utf-8").splitlines()
+    rule = "# " + "=" * 98
     for number, line in enumerate(lines, start=1):
-        banner = re.match(r"# (?:FIXED: |--- |=+  (?=EDITABLE BEGIN))([^.:]+?)(?:[.:]|  |$)", line)
-        if banner:
+        banner = re.match(r"# (?:--- |=+  (?=EDITABLE BEGIN))?([^.:=]+?)(?:[.:]|  |$)", line)
+        heads = lines[number - 2] == rule and not line.startswith("# =")
+        if banner and (heads or line.startswith("# ---") or "EDITABLE BEGIN" in line):
             sections.append(f"{number} {banner[1]}".replace(" ", "\0"))
     return textwrap.fill(" · ".join(sections), width=140).replace("\0", " ")
 
@@ -196,6 +199,13 @@ def test_files_and_names_exist(name):
     for word in re.findall(r"(?<![\w/])[a-z]+(?:_[a-z0-9]+)+(?![\w.]|/)", spans):
         made = word.split("_")[0] + "_{"  # an f-string's: reward_{statistic}
         assert word in code or made in code or (RESULTS / word).is_dir(), word
+
+
+def test_each_paper_of_the_readme_has_its_entry_in_bibtex():
+    (entries,) = re.findall(r"```bibtex\n(.*?)```", TEXTS["README.md"], re.DOTALL)
+    named = re.findall(r"arXiv (\d{4}\.\d{5})", WITHOUT_CODE["README.md"])
+    assert len(named) >= 10 and set(named) == set(re.findall(r"arXiv:([\d.]+)", entries))
+    assert entries.count("{") == entries.count("}")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """scripts/record_games.py and its players: what is recorded, that it repeats, and what happens on
 mistakes."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reports: their numbers against plain arithmetic, their reading of rows and folders, their table
 and picture."""
 

@@ -1,4 +1,5 @@
-"""The repository's layout, and that the main file is one that the benchmark's Python can read."""
+# SPDX-License-Identifier: MIT
+"""The repository's layout and licenses, and that the benchmark's Python can read the main file."""
 
 import ast
 import subprocess
@@ -18,12 +19,28 @@ def test_main_file_is_python_3_8():
     ast.parse(source, feature_version=(3, 8))
 
 
-def test_top_level_of_the_repository():
+def tracked_files():
     try:
         listed = subprocess.run(
             ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"git cannot list the files here: {error}")
-    tops = {path.split("/")[0] for path in listed.split("\0") if path}
+    return [path for path in listed.split("\0") if path]
+
+
+def test_top_level_of_the_repository():
+    tops = {path.split("/")[0] for path in tracked_files()}
     assert {top for top in tops if not top.startswith(".")} == TOP_LEVEL
+
+
+def test_each_source_file_begins_with_its_license():
+    sources = [path for path in tracked_files() if path.endswith((".py", ".sh"))]
+    lacking = []
+    for path in [".ci/run", *sources]:
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        if "# SPDX-License-Identifier: MIT" not in lines[:2]:
+            lacking.append(path)
+    assert lacking == []
+    license_text = (ROOT / "scripts" / "LICENSE").read_text(encoding="utf-8")
+    assert license_text.startswith("MIT License\n")

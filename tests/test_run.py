@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole runs: what they write, that they repeat, go on to the bit where they stopped, and that
 nothing is lost.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pages of the games that a run kept: which, in what order, what the index says, and wandb's
 rows."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """scripts/README.md lists each script with its own first sentence, commands stand apart from
 modules and import no other command, and each finds its modules in whatever folder it is started.
 
@@ -34,7 +35,7 @@ def first_sentence(path):
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text))
     else:
-        lines = [line for line in text.splitlines() if not line.startswith("#!")]
+        lines = [line for line in text.splitlines() if not line.startswith(("#!", "# SPDX"))]
         text = "\n".join(line.lstrip("# ") for line in lines)
     paragraph = " ".join(text.partition("\n\n")[0].split())
     return re.split(r"(?<=[.?!]) ", paragraph)[0]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The trials of scripts/soak.sh in short: one place holds the code, the script runs it at full
 length."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The benchmark's batches made of recorded games, their picture, and the study that trains blocks
 on them."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The status lines' reader against NLE's own blstats: in ordinary games, in places few games reach,
 and row by row."""
 

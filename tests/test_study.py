@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Studies: whole ones on the recorded games, cut off and gone on with; what a file may say; what is
 still to do."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """scripts/check_submission.py: it accepts what the benchmark would run, each of its checks can
 fail, and the references are what they claim."""
 

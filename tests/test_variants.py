@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The benchmark's references, and the studies' variants of ours: each differs in the one thing that
 it is named for."""
 

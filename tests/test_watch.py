@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Watching: the agent's game is evaluation's, what is shown is what was seen, keys do what they
 say."""
 

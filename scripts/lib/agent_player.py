@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A trained agent as a player for record_games.py, as in evaluation. No command of its own."""
 
 import sys

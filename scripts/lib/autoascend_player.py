@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The bot AutoAscend, unchanged, as a player for record_games.py. No command of its own.
 
     git clone https://github.com/cdmatters/autoascend

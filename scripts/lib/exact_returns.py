@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Exact discounted returns of a recorded game. Not a command.
 
 Training needs none: its values learn lambda-returns within a chunk. `critic_probe.py` and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A game as one page for a browser: what `watch.py --html` writes. No command of its own.
 
 Look and code of the page are in html_page.html. All that a game needs is in the page, as columns:

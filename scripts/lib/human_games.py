@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Human games as nethack.alt.org keeps them (NLD-NAO): found, read. No command of its own.
 
 A game is joined from its files:

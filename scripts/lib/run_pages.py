@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A run's kept games as pages with an index: what `watch.py --run` writes. No command of its own.
 
 Its `--wandb` adds the pages to the run. A run keeps recordings of games where its setting

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A small scripted player of NetHack for record_games.py. No command of its own.
 
 It sees what the agent sees of the game: tty_chars, tty_colors and tty_cursor. It answers what the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What several scripts need: command lines, readers of a run's files, tables. No command itself.
 
 Importing it also lets a script find custom_nethack_pomdp.py, whatever folder it is started in.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A stand-in for the benchmark's own file, to run an EDITABLE block in. No command of its own.
 
 The benchmark (MLS-Bench, task rl-offline-pomdp) copies one block over the same block of its file,

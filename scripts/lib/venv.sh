@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Sourced by the other shell scripts: enters the repository's root, makes virtual environments. Defines
 #   ensure_venv DIR "VERSIONS" INSTALL_FUNCTION FILES...
 # which makes the virtual environment DIR with one of the Python VERSIONS and fills it, unless that was done before.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Behavioural cloning, the plainest of the benchmark's references (Pomerleau, "ALVINN", NeurIPS
 1988).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conservative Q-learning, one of the benchmark's three references (Kumar et al., arXiv 2006.04779,
 equation 4).
 

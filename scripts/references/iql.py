@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Implicit Q-learning, the strongest of the benchmark's references (Kostrikov et al., arXiv
 2110.06169, equations 5-7).
 

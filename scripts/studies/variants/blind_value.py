@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ours with a value that cannot tell who plays: it reads turn, hit points and depth alone.
 
 Where several players' games are learned from, the LSTM may see who plays. A value that knows it

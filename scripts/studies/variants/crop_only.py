@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ours, seeing only what Katakomba's references see: a crop round the cursor, the message line and
 the status lines. Every other cell of the screen is made blank before the backbone looks at it."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ours with the value as classes over bins instead of a scalar (HL-Gauss, arXiv 2403.03950, section
 3): cross-entropy to a Gaussian around the target; the value is the expectation over the bins'
 centres. Head: 266,811 parameters."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An inverse model: which key a player must have pressed at frame t, from the LSTM's output at
 t + 1, when what the key did has been seen. It labels games without keys (scripts/label_games.py).
 

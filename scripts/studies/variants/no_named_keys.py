@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ours without being told which keys a question on the top line names."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ours without the normalisation of the LSTM's output before the head, which is tiny at first."""
 
 from typing import Tuple
