@@ -151,7 +151,7 @@ def map_of_the_file():
     rule = "# " + "=" * 98
     for number, line in enumerate(lines, start=1):
         banner = re.match(r"# (?:--- |=+  (?=EDITABLE BEGIN))?([^.:=]+?)(?:[.:]|  |$)", line)
-        heads = lines[number - 2] == rule and not line.startswith("# =")
+        heads = lines[number - 2] == rule and rule in lines[number : number + 2]
         if banner and (heads or line.startswith("# ---") or "EDITABLE BEGIN" in line):
             sections.append(f"{number} {banner[1]}".replace(" ", "\0"))
     return textwrap.fill(" · ".join(sections), width=140).replace("\0", " ")
