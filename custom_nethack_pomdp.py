@@ -1999,16 +1999,16 @@ def recall(facts: Facts, screen: Any, cursor: Any, turn: int) -> Tuple[Facts, Op
     hero is (AutoAscend's agent.py, `_is_corpse_editable`). Zombies leave old corpses of another
     name. EAT where a corpse was refused, until the hero moves or kills: asking takes no turn.
     """
-    place, kills, refused = facts
+    _, kills, refused = facts
     row, column = map(int, cursor)
-    if screen[row, column] == ord("@"):  # not at questions and --More--
-        place = (row, column)
+    on_hero = screen[row, column] == ord("@")  # not at questions, --More-- and menus
+    place = (row, column) if on_hero else facts.place
     top = np.asarray(screen[:2], dtype=np.uint8).tobytes()
     for monster in KILL.findall(top):
         kills = {**kills, monster: (turn, *place)}
         refused = None
-    ruled_out = EAT if refused == place and b"?" not in top else None  # e may answer a question
-    offer = OFFER.search(top)
+    ruled_out = EAT if on_hero and place == refused else None
+    offer = None if on_hero else OFFER.search(top)  # a question stays in sight when it is answered
     if offer and offer.group(1) not in (b"lichen", b"lizard", b"acid blob"):  # these never rot
         killed, row, column = kills.get(offer.group(1), (-50, 0, 0))
         down, right = abs(place[0] - row), abs(place[1] - column)

@@ -202,6 +202,16 @@ def test_a_menu_over_the_message_line_changes_nothing(screen):
     assert recall(facts, menu, (2, 46), 10) == (facts, None)
 
 
+def test_a_question_in_sight_after_its_answer_is_no_question(screen):
+    """ESC leaves it there, and the cursor goes back to the hero: y is a step then."""
+    chars, cursor = show(screen, offer("jackal"))
+    facts, ruled_out = recall(NO_FACTS, *show(screen, ""), 9)
+    assert recall(facts, chars, HERE, 9) == (facts, None)
+    facts, ruled_out = recall(facts, chars, cursor, 9)
+    assert ruled_out == YES
+    assert recall(facts, chars, HERE, 9) == (facts, EAT)
+
+
 # --- acting
 def actor(**algorithm):
     """A small model that always wants to eat, and answers y."""
