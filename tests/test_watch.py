@@ -326,7 +326,7 @@ def test_mistakes_get_one_line(checkpoint, capsys):
         "none.pt cannot be read as a checkpoint": ["--checkpoint", "none.pt"],
         "there is no recorded game": ["--game", "none.ttyrec3.bz2"],
         "did you mean mon-hum-neu": ["--checkpoint", checkpoint, "--character", "mon-hum-neo"],
-        "the submission none.py cannot be used": [
+        "none.py cannot be used": [
             "--checkpoint",
             checkpoint,
             "--submission",
