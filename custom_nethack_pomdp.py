@@ -2172,6 +2172,9 @@ class AWRConfig:
         "decay of the weights' exponential moving average (EMA), which acts (arXiv 2310.11428); "
         "0: none",
     )
+    remember: bool = hyperparameter(
+        True, (0, 1), "refuse corpses that may have rotted when acting (`recall`)"
+    )
 
 
 def awr_config(overrides: Dict[str, Any]) -> AWRConfig:
@@ -2249,11 +2252,23 @@ def clear(state: Any, rows: Tensor) -> Any:
 Shown = Tuple[bytes, int]  # attributes and turn, as a game's status lines last showed them
 
 
+class Facts(NamedTuple):
+    """What a game's earlier screens said and later ones do not."""
+
+    place: Tuple[int, int]  # row and column of the hero
+    kills: Dict[bytes, Tuple[int, int, int]]  # monster -> the hero's last kill: turn and place
+    refused: Any  # the place where a corpse was refused last, or None
+
+
+NO_FACTS = Facts((0, 0), {}, None)
+
+
 class ActingState(NamedTuple):
     """What `vec_act` hands on from tick to tick for N games."""
 
     rnn_state: Any  # (h, c), each [L, N, H]
     seen: List[Shown]  # of each game
+    facts: List[Facts]  # of each game
 
 
 def games_begun(seen: List[Shown], tty_chars: Any) -> Tuple[List[bool], List[Shown]]:
@@ -2284,6 +2299,39 @@ def moving_average(max_decay: float, average: Tensor, weight: Tensor, num_averag
     n = int(num_averaged)
     decay = min(max_decay, n / (n + 9))
     return average.lerp(weight, 1.0 - decay)
+
+
+YES, EAT, ESC = map(ACTIONS.index, (ord("y"), ord("e"), 27))
+KILL = re.compile(rb"You (?:kill|destroy) the (?:poor |invisible |saddled )*([^!]+)!")
+OFFER = re.compile(
+    rb"There \w+ \w+ (?:\w*cursed |blessed |partly eaten )*(.+?) corpses?\b.* here;\s+eat "
+)
+
+
+def recall(facts: Facts, screen: Any, cursor: Any, turn: int) -> Tuple[Facts, Optional[int]]:
+    """Facts after a screen [24, 80] with its cursor [2], and the action that they rule out, if any.
+
+    YES to a corpse whose monster the hero did not kill within 50 turns, in line with where the
+    hero is (AutoAscend's agent.py, `_is_corpse_editable`). Zombies leave old corpses of another
+    name. EAT where a corpse was refused, until the hero moves or kills: asking takes no turn.
+    """
+    _, kills, refused = facts
+    row, column = map(int, cursor)
+    on_hero = screen[row, column] == ord("@")  # not at questions, --More-- and menus
+    place = (row, column) if on_hero else facts.place
+    top = np.asarray(screen[:2], dtype=np.uint8).tobytes()
+    for monster in KILL.findall(top):
+        kills = {**kills, monster: (turn, *place)}
+        refused = None
+    ruled_out = EAT if on_hero and place == refused else None
+    offer = None if on_hero else OFFER.search(top)  # a question stays in sight when it is answered
+    if offer and offer.group(1) not in (b"lichen", b"lizard", b"acid blob"):  # these never rot
+        killed, row, column = kills.get(offer.group(1), (-50, 0, 0))
+        down, right = abs(place[0] - row), abs(place[1] - column)
+        if turn - killed >= 50 or (down != right and down * right > 0):
+            ruled_out = YES
+            refused = place
+    return Facts(place, kills, refused), ruled_out
 
 
 def prompt_options(tty_chars: Tensor, keys: Tensor) -> Tensor:
@@ -2377,7 +2425,7 @@ class Model(nn.Module):
         """
         previous = torch.as_tensor(obs["prev_actions"], device=device).long()
         if state is None:
-            state = ActingState(None, [(b"", 0)] * len(previous))
+            state = ActingState(None, [(b"", 0)] * len(previous), [NO_FACTS] * len(previous))
         begun, seen = games_begun(state.seen, obs["tty_chars"])
         rows = torch.tensor(begun, device=device)
         if self.no_action:  # our own loop says where a game begins
@@ -2389,8 +2437,17 @@ class Model(nn.Module):
         model = self.current_model()
         core_output, rnn_state = model.backbone(inputs, clear(state.rnn_state, rows))
         logits, _ = model.head(core_output, inputs["tty_chars"])
-        actions = Categorical(logits=logits[:, -1] / self.hyper.temperature).sample()
-        return actions.cpu().numpy(), ActingState(rnn_state, seen)
+        logits = logits[:, -1] / self.hyper.temperature
+        facts = [NO_FACTS if new else old for new, old in zip(rows.tolist(), state.facts)]
+        for n in range(len(facts) if self.hyper.remember else 0):
+            turn = seen[n][1]
+            facts[n], out = recall(facts[n], obs["tty_chars"][n], obs["tty_cursor"][n], turn)
+            if out == YES:  # whoever wants this corpse wants no other food
+                logits[n, ESC] = logits[n, YES]
+            if out is not None:
+                logits[n, out] = -torch.inf
+        actions = Categorical(logits=logits).sample()
+        return actions.cpu().numpy(), ActingState(rnn_state, seen, facts)
 
 
 class OfflineAlgorithm:

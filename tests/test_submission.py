@@ -212,7 +212,7 @@ TRAINS, HALF, LOGITS = (
 )
 # see below: without gradient
 BROKEN = [
-    ("loads", r"NameError.*MISSING.*\(line 18\)", "OBSERVATIONS = (", "OBSERVATIONS = MISSING + ("),
+    ("loads", r"NameError.*MISSING.*\(line 19\)", "OBSERVATIONS = (", "OBSERVATIONS = MISSING + ("),
     ("loads", "no class Model", "class Model(nn.Module)", "class Modell(nn.Module)"),
     ("loads", "SystemExit", "OBSERVATIONS = (", "raise SystemExit\nOBSERVATIONS = ("),
     (
@@ -430,7 +430,7 @@ def test_the_command_fails_and_tells_what_it_will_not_do(tmp_path, capsys):
     )
     done = command(bad, "--export", out)
     assert done.returncode == 1 and done.stderr == "" and not out.exists()
-    assert "FAIL text: line 18: MISSING is neither defined nor provided" in done.stdout
+    assert "FAIL text: line 19: MISSING is neither defined nor provided" in done.stdout
     text = bad.read_text(encoding="utf-8")
     for place in (bad, tmp_path):
         assert check.main([str(path_of("bc")), "--export", str(place)]) == 2
