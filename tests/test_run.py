@@ -957,7 +957,7 @@ def test_a_path_in_which_nle_cannot_record_is_known_before_the_training(small):
 
 def test_a_folder_is_not_taken_for_a_damaged_checkpoint(small):
     assert small(update_steps=1)[0] == 0
-    pattern = "is a folder; give a checkpoint: best.pt, last.pt"
+    pattern = "is a folder; give a checkpoint: best.pt, last.prev.pt, last.pt"
     assert_user_error(small(evaluate=run_of()), pattern)
     assert_user_error(small(name="next", init_from=run_of()), pattern)
     assert_user_error(small(evaluate=GAMES), "it holds none")
