@@ -1159,6 +1159,8 @@ def read_hdf5(path: str, key: str) -> Frames:
     with h5py.File(path, "r") as file:
         group: Any = file[key]
         arrays = {name: group[name][:] for name in shapes}
+        if "dones" in group and np.any(group["dones"][:-1]):
+            raise GameError("it holds several games: `dones` is true before its last frame")
     n = len(arrays["actions"])
     if any(arrays[name].shape != (n, *shape) for name, shape in shapes.items()):
         raise GameError("its arrays have not the shapes of Katakomba's")
@@ -1256,7 +1258,7 @@ def find_xlogfiles(root: Path) -> List[Path]:
         if real_path in seen:
             below.clear()
         else:
-            found += Path(folder).glob("*.xlogfile")
+            found += [path for path in Path(folder).glob("*.xlogfile") if not path.is_dir()]
         seen.add(real_path)
     return found
 
@@ -2740,6 +2742,21 @@ ENDS = ("died", "no progress", "step limit")  # of a game; "died" also if it was
 NO_PROGRESS_STEPS = 1000  # the benchmark's: a game ends when its turn stands still for so long
 
 
+def restore_handlers() -> None:
+    """Once a game is over, NetHack has these signals ignored for the rest of the process."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGHUP, signal.SIGXCPU):
+            handler = signal.getsignal(number)
+            if handler is not None:  # None: not set from Python
+                signal.signal(number, handler)
+
+
+def check_recordable(folder: Path) -> None:
+    """Raises UserError for a folder in which NLE cannot record: it formats the path by %."""
+    if "%" in str(folder.absolute()):
+        raise UserError(f"NLE cannot record games below {folder}: its path has a %; give another")
+
+
 class NetHackGame:
     """A game as in the NetHack Challenge, but seeded; the same on nle 0.9 (gym) and 1.x
     (gymnasium).
@@ -2822,6 +2839,7 @@ class NetHackGame:
             self.still = self.still + 1 if turn == self.turn else 0
         if over:
             self.end = "died"
+            restore_handlers()
         elif self.still >= NO_PROGRESS_STEPS:
             self.end = "no progress"
         elif self.steps >= self.max_steps:
@@ -2995,7 +3013,6 @@ def keep_replays(
         slot = savedir / str(number % config.eval_processes)
         (path,) = slot.glob(f"nle.*.{number // config.eval_processes}.ttyrec3.bz2")
         os.replace(path, prefix.with_name(f"{prefix.name}_game{number}.ttyrec3.bz2"))
-    shutil.rmtree(savedir)
 
 
 def evaluate_games(
@@ -3009,12 +3026,15 @@ def evaluate_games(
     for character in config.characters:
         files = prefix.with_name(f"{prefix.name}_{character}")
         savedir = prefix.with_name(f".{files.name}_replays") if config.eval_replays else None
-        results = vec_evaluate(model, character, config, device, savedir)
-        games.append((character, results))
-        if RANK == 0:
-            save_games(files, character, results, config.eval_seed)
-        if RANK == 0 and savedir:
-            keep_replays(savedir, files, results, config)
+        with ExitStack() as stack:
+            if savedir:  # what is not kept goes, also if a signal stops the games
+                stack.callback(shutil.rmtree, savedir, ignore_errors=True)
+            results = vec_evaluate(model, character, config, device, savedir)
+            games.append((character, results))
+            if RANK == 0:
+                save_games(files, character, results, config.eval_seed)
+            if RANK == 0 and savedir:
+                keep_replays(savedir, files, results, config)
         summary = summarize_games(results, character)
         score = summary["normalized_score"]
         say_metrics(character, summary)
@@ -3089,6 +3109,9 @@ def run_folder(first: Path, resume: Any = False) -> Iterator[Path]:
 
 def read_checkpoint(path: Path) -> Dict[str, Any]:
     """A checkpoint's content. Raises UserError for one that is truncated, damaged or foreign."""
+    if path.is_dir():
+        found = ", ".join(sorted(file.name for file in path.glob("*.pt")))
+        raise UserError(f"{path} is a folder; give a checkpoint: {found or 'it holds none'}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not look at its checksums
             if archive.testzip() is not None:
@@ -3604,6 +3627,8 @@ def train(config: TrainConfig) -> Path:
         raise UserError(f"resume: {config.resume} is neither true nor false, nor holds it last.pt")
     runs = expand(config.checkpoints_path or "runs")
     first = runs / f"{config.group}-v{config.version}" / run_name(config)
+    if config.eval_replays:
+        check_recordable(first)
     with ExitStack() as stack:
         stack.enter_context(process_group(choose_device(config)))
         run = make_run(config)
@@ -3683,6 +3708,8 @@ def evaluate_checkpoint(config: TrainConfig) -> Path:
         if getattr(config, name) != getattr(TrainConfig(), name):
             overrides[name] = getattr(config, name)
     first = expand(config.checkpoints_path or str(path.parent)) / f"{path.stem}-evaluation"
+    if config.eval_replays:
+        check_recordable(first)
     algorithm, config, step = load_agent(path, **overrides)
     with ExitStack() as stack:
         stack.enter_context(process_group(choose_device(config)))

@@ -828,6 +828,25 @@ def test_a_file_that_another_writes_to_is_a_user_error(small, katakomba, tmp_pat
             store_of(path, tmp_path, small[0])
 
 
+def test_an_hdf5_group_of_several_games_is_skipped(small, katakomba, tmp_path):
+    path = tmp_path / katakomba.name
+    with h5py.File(katakomba, "r") as file:
+        whole = {name: np.array(values) for name, values in file["000"].items()}
+    dones = np.zeros(len(whole["dones"]), bool)
+    dones[[50, -1]] = True
+    write_hdf5(path, {"one": whole, "several": {**whole, "dones": dones}})
+    store = store_of(path, tmp_path, small[0])
+    (reason,) = store.index["skipped"].tolist()
+    assert "several: it holds several games" in reason and len(store.frames) == 1
+
+
+def test_a_folder_whose_name_ends_as_an_xlogfile_s(small, tmp_path):
+    character, (source, *_) = small
+    add_game(tmp_path / "games", "old.xlogfile", source)
+    store = store_of(tmp_path / "games", tmp_path, character)
+    assert len(store.frames) == 1 and store.index["passed_over"].size == 0
+
+
 def test_an_hdf5_game_that_is_not_done_is_cut(small, katakomba, tmp_path):
     """Its last `dones` is false and no end is shown: all frames are kept, the last as the one after
     the cut. Where the end is shown the game is whole whatever `dones` says; without `dones` it is

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import inspect
 import os
+import re
+import signal
 from pathlib import Path
 
 import nle.dataset as nld
@@ -411,6 +413,28 @@ def until_done(game, actions):
         if done:
             return count, result_of(game)
     return None, {}
+
+
+def ignored_signals():
+    (line,) = re.findall(r"^SigIgn:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return {number for number in signal.Signals if int(line, 16) >> (number - 1) & 1}
+
+
+def test_signals_reach_the_process_after_a_game_is_over(make_game):
+    """NetHack itself has a hang-up ignored from then on; a handler of ours is there again."""
+    before = ignored_signals()
+    noted = []
+    handler = signal.signal(signal.SIGHUP, lambda number, _: noted.append(number))
+    try:
+        game = make_game("val-hum-neu")
+        game.reset(1, 2)
+        for key in (27, 27, int(nethack.Command.QUIT), ord("y")):
+            _, _, done, _ = game.step(pomdp.KEY_TO_ACTION[key])
+        assert done and ignored_signals() == before - {signal.SIGHUP}
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert noted == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_no_progress(make_game):

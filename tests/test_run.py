@@ -944,6 +944,35 @@ def test_the_ema_changes_what_is_scored_and_nothing_that_is_learned(small):
 
 
 # --- folders
+def test_a_path_in_which_nle_cannot_record_is_known_before_the_training(small):
+    """NLE formats the path by %. Without recordings it does no harm."""
+    refused = small(update_steps=1, eval_replays=1, checkpoints_path="100%s")
+    assert_user_error(refused, "cannot record games below 100%s")
+    assert not Path("100%s").exists()
+    assert small(update_steps=1, checkpoints_path="100%s")[0] == 0
+    (run,) = Path("100%s").glob("*/*")
+    scored = dict(evaluate=run / "last.pt", eval_episodes=1, eval_replays=1)
+    assert_user_error(small(**scored), "cannot record games below")
+
+
+def test_a_folder_is_not_taken_for_a_damaged_checkpoint(small):
+    assert small(update_steps=1)[0] == 0
+    pattern = "is a folder; give a checkpoint: best.pt, last.prev.pt, last.pt"
+    assert_user_error(small(evaluate=run_of()), pattern)
+    assert_user_error(small(name="next", init_from=run_of()), pattern)
+    assert_user_error(small(evaluate=GAMES), "it holds none")
+
+
+def test_an_evaluation_that_is_stopped_leaves_no_half_recordings(small, monkeypatch):
+    assert small(update_steps=1)[0] == 0
+    before = set(run_of().iterdir())
+    step = before_call(pomdp.NetHackGame.step, 7, stop_by(signal.SIGINT))
+    monkeypatch.setattr(pomdp.NetHackGame, "step", step)
+    scored = dict(evaluate=run_of() / "last.pt", eval_episodes=2, eval_replays=2)
+    assert small(**scored, eval_max_steps=50, eval_processes=1)[0] == 130
+    assert set(run_of().iterdir()) == before
+
+
 def test_names_of_runs_stay_short(small):
     """All 38 characters: a folder's name may have 255 bytes; two lists have two names."""
     every = list(pomdp.AUTOASCEND_MEAN_SCORE)
