@@ -22,7 +22,7 @@ LIMIT_README = 260  # lines
 TOP_LEVEL = {"custom_nethack_pomdp.py", "README.md", "requirements.txt", "tests", "scripts"}
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.DictComp, ast.SetComp)
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
-LIMIT_SCRIPTS = 50_217  # nodes of all of them
+LIMIT_SCRIPTS = 50_467  # nodes of all of them
 
 
 def count_own_nodes(statement):
