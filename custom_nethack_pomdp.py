@@ -831,7 +831,8 @@ class RunLogger:
                 import wandb
 
                 for character, results in games:
-                    table = wandb.Table(columns=list(GameResult._fields), data=results)
+                    rows = [[*result, result.progression] for result in results]
+                    table = wandb.Table([*GameResult._fields, "progression"], rows)
                     metrics = {**metrics, f"{character}/games": table}
                 self.run.log(metrics, step=self.wandb_step)
             self.wandb_step += 1
@@ -2866,6 +2867,34 @@ def empty_observations(*axes: int) -> Observations:
     return {name: np.zeros((*axes, *shape), dtype) for name, (dtype, *shape) in shapes}
 
 
+# Progression, the metric of BALROG (arXiv 2411.13543): the probability of winning a game that has
+# reached this level, estimated from human games. The values are those of nle-progress (MIT,
+# github.com/BartekCupial/nle-progress), rounded to 5 decimals.
+DEPTH_PROGRESSION = np.ravel(  # depths 1 to 50
+    (
+        (0.0, 0.01539, 0.01754, 0.02122, 0.02648, 0.03543, 0.04846, 0.06958, 0.09771, 0.12559),
+        (0.16127, 0.20613, 0.2566, 0.29247, 0.30881, 0.32491, 0.34008, 0.35265, 0.36549, 0.37896),
+        (0.39294, 0.40832, 0.42584, 0.44518, 0.46638, 0.50676, 0.55436, 0.60156, 0.6465, 0.69131),
+        (0.71011, 0.71765, 0.72321, 0.72844, 0.73278, 0.73685, 0.74215, 0.74713, 0.75373, 0.76104),
+        (0.76741, 0.77253, 0.77716, 0.78126, 0.7859, 0.78903, 0.79297, 0.79674, 0.80185, 0.8068),
+    )
+)
+LEVEL_PROGRESSION = np.ravel(  # experience levels 1 to 30
+    (
+        (0.0, 0.01848, 0.02081, 0.02416, 0.02911, 0.03689, 0.05076, 0.07454, 0.11705, 0.1791),
+        (0.2548, 0.33265, 0.41443, 0.49404, 0.57788, 0.62612, 0.65628, 0.68102, 0.70153, 0.71745),
+        (0.7287, 0.7371, 0.74434, 0.75134, 0.75855, 0.76422, 0.77034, 0.77598, 0.77833, 0.78046),
+    )
+)
+
+
+def progression(max_depth: int, level: int) -> float:
+    """Progression of a game, 0 to 1: the larger value of its deepest level and its experience level
+    at the end. Misses the milestones of the quest and the planes, and levels that were lost."""
+    depth = DEPTH_PROGRESSION[min(max_depth, len(DEPTH_PROGRESSION)) - 1]
+    return float(max(depth, LEVEL_PROGRESSION[level - 1]))
+
+
 class GameResult(NamedTuple):
     game: int  # its number k; its seeds derive from eval_seed and k
     score: float
@@ -2876,6 +2905,10 @@ class GameResult(NamedTuple):
     max_depth: int  # deepest level
     level: int  # experience level
     cause: str  # of death, in NetHack's words; for a game cut short its end
+
+    @property
+    def progression(self) -> float:
+        return progression(self.max_depth, self.level)
 
 
 def game_seeds(eval_seed: int, game: int) -> Tuple[int, int]:
@@ -2963,13 +2996,14 @@ def summarize_games(results: Sequence[GameResult], character: str) -> Metrics:
     depth_*)."""
     scores = np.array([result.score for result in results])
     depths = np.array([result.depth for result in results])
-    normalized = scores / AUTOASCEND_MEAN_SCORE[character]
-    low, high = bootstrap_interval(normalized)
-    summary = {
-        "normalized_score": normalized.mean(),
-        "normalized_score_low": low,
-        "normalized_score_high": high,
+    metrics = {
+        "normalized_score": scores / AUTOASCEND_MEAN_SCORE[character],
+        "progression": np.array([result.progression for result in results]),
     }
+    summary = {}
+    for name, values in metrics.items():
+        summary[name] = values.mean()
+        summary[f"{name}_low"], summary[f"{name}_high"] = bootstrap_interval(values)
     for name in ("turns_mean", "length_mean", "max_depth_mean", "level_mean"):
         summary[name] = np.mean([getattr(result, name[:-5]) for result in results])
     for name in ("median", "mean", "std", "min", "max"):
@@ -2993,10 +3027,11 @@ def save_games(prefix: Path, character: str, results: Sequence[GameResult], eval
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     seeds = ["core_seed", "disp_seed"]
-    writer.writerow(["character", *GameResult._fields, "normalized_score", *seeds])
+    writer.writerow(["character", *GameResult._fields, "normalized_score", "progression", *seeds])
     for result in results:
         normalized = result.score / AUTOASCEND_MEAN_SCORE[character]
-        writer.writerow([character, *result, normalized, *game_seeds(eval_seed, result.game)])
+        computed = (normalized, result.progression, *game_seeds(eval_seed, result.game))
+        writer.writerow([character, *result, *computed])
     path = prefix.with_name(f"{prefix.name}_games.csv")
     write_atomically(path, table.getvalue().encode())
 

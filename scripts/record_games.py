@@ -27,8 +27,9 @@ Who plays is one of three:
           `game.step(action) -> obs, reward, done, info` (`game.obs` is the first obs) until it is
           done, or breaks the game off and returns why. NLE's own arrays, those that the player
           names as `observation_keys`, are in `game.env.unwrapped.last_observation`.
---autoascend CHECKOUT
-    The bot that played NLD-AA's games, from a checkout of its repository (autoascend_player.py).
+--player autoascend, or --autoascend CHECKOUT
+    The bot that played NLD-AA's games, from the package nethackers or from a checkout of its
+    repository (autoascend_player.py has the commands).
 --checkpoint FILE
     An agent that custom_nethack_pomdp.py trained: best.pt, last.pt or <step>.pt of a run. It acts
     as in evaluation, from a cleared recurrent state on; --temperature takes the place of its own.
@@ -81,7 +82,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     """The function that `module:function` names."""
     module, _, function = spec.partition(":")
     if not module or not function:
-        raise UserError(f"--player wants module:function, not {spec!r}")
+        raise UserError(f"--player wants module:function or autoascend, not {spec!r}")
     if "" not in sys.path:
         sys.path.append("")  # the current folder
     try:
@@ -95,7 +96,7 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 def load_player(args: argparse.Namespace) -> Callable[..., Any]:
     """What makes a player for each game."""
-    if args.autoascend:
+    if args.autoascend or args.player == "autoascend":
         return autoascend_player.load(args.autoascend)
     if args.checkpoint:
         return agent_player.load(args.checkpoint, args.character, args.temperature)
@@ -224,7 +225,8 @@ def make_parser() -> Parser:
     add("--out", required=True, help="folder for the recordings: made, or added to if it exists")
     who = parser.add_mutually_exclusive_group()
     scripted = "scripted_player:ScriptedPlayer"
-    who.add_argument("--player", default=scripted, help="module:function (default: %(default)s)")
+    what = "module:function, or autoascend (default: %(default)s)"
+    who.add_argument("--player", default=scripted, help=what)
     who.add_argument("--autoascend", metavar="CHECKOUT", help="AutoAscend plays, from this folder")
     who.add_argument("--checkpoint", metavar="FILE", help="the agent of this checkpoint plays")
     add("--temperature", type=float, help="softmax temperature of --checkpoint's actions")

@@ -11,10 +11,11 @@ over several characters their geometric mean. Intervals are 95 % bootstrap inter
 of all seeds. Differences from the baseline are between equal games (same seeds of game and
 training, same held-out games), bold where the interval leaves out 0. A held-out loss is a mean over
 held-out games, each the mean over seeds, of -log pi(a|s); of a run's folder the mean over frames. A
-study's agents play with the weights of their lowest held-out loss. Deepest level and experience
-level are means over games. A second table has why games ended: the commonest causes, in NetHack's
-words, and their shares; names of shopkeepers, pets, gods and of what was eaten are left out, so
-that like stands with like. Older rows lack all three.
+study's agents play with the weights of their lowest held-out loss. Progression is BALROG's metric,
+computed from a game's deepest level and its experience level: it misses the milestones of the quest
+and of the planes. Progression and both levels are means over games. A second table has why games
+ended: the commonest causes, in NetHack's words, and their shares; names of shopkeepers, pets, gods
+and of what was eaten are left out, so that like stands with like. Older rows lack all four.
 """
 
 import hashlib
@@ -59,6 +60,7 @@ HEADER = {
     "games": "games",
     "points": "points [95 %]",
     "score": "normalized score [95 %]",
+    "progression": "progression [95 %]",
     "more_points": "points more than {} [95 %]",
     "max_depths": "max depth",
     "levels": "level",
@@ -119,6 +121,8 @@ class Sample:
                 self.alone.append(row)
             for name in ("max_depths", "levels", "causes"):
                 self.values[name] += row.get(name, {}).get(character, [])
+            levels = [row.get(name, {}).get(character, []) for name in ("max_depths", "levels")]
+            self.values["progression"] += map(pomdp.progression, *levels)
             self.ends.update(row.get("ends", {}).get(character, {}))
         # {(seed of the training, seed and number of the game): points}; the last two decide the
         # game's own seeds
@@ -287,6 +291,7 @@ def line_of(arm: Arm, character: str, baseline: Optional[Arm]) -> Line:
         "games": str(len(points) or NOTHING),
         "points": show(estimate(points), 1),
         "score": show(estimate(points / AUTOASCEND_MEAN_SCORE[character]), 4),
+        "progression": show(estimate(mine.values["progression"]), 4),
     }
     for name in ("max_depths", "levels"):
         if mine.values[name]:

@@ -278,10 +278,11 @@ def test_summary_against_plain_arithmetic():
         expected.update(
             {f"reward_{name}": function(scores), f"depth_{name}": function([1, 3, 2, 4])}
         )
-    low, high = summary.pop("normalized_score_low"), summary.pop("normalized_score_high")
-    assert (
-        summary == pytest.approx(expected, rel=1e-12) and low < summary["normalized_score"] < high
-    )
+    expected["progression"] = (0.01848 + 0.01754 + 0.01539 + 0.07454) / 4
+    for name in ("normalized_score", "progression"):
+        low, high = summary.pop(f"{name}_low"), summary.pop(f"{name}_high")
+        assert low < summary[name] < high
+    assert summary == pytest.approx(expected, rel=1e-12)
     assert all(type(value) is float for value in summary.values()), (
         "numpy's numbers do not go into JSON"
     )
@@ -290,6 +291,29 @@ def test_summary_against_plain_arithmetic():
     )
     assert pomdp.geometric_mean([0.5]) == 0.5
     assert pomdp.geometric_mean([0.5, 0.0]) == pomdp.geometric_mean([-0.1, 0.2]) == 0.0
+
+
+def test_progression_is_the_larger_of_two_values():
+    """Deeper than the last depth that has a value, it stays at that one's."""
+    games = [(1, 1), (1, 2), (2, 1), (12, 10), (10, 12), (53, 1), (1, 30), (50, 30)]
+    values = [0.0, 0.01848, 0.01539, 0.20613, 0.33265, 0.8068, 0.78046, 0.8068]
+    assert [pomdp.progression(*game) for game in games] == values
+    back_up = GameResult(0, 10.0, 1, 10, 50, "died", 12, 10, "starvation")  # who had been at 12
+    assert back_up.progression == 0.20613
+
+
+def test_progression_has_the_values_of_nethackers():
+    progress = pytest.importorskip("nethackers.arena.progress")  # Python 3.11 or later
+    values = {
+        **{f"Dlvl:{depth}": pomdp.progression(depth, 1) for depth in range(1, 51)},
+        **{f"Xp:{level}": pomdp.progression(1, level) for level in range(1, 31)},
+    }
+    theirs = {name: progress.ACHIEVEMENTS.get(name) for name in values}
+    assert values == pytest.approx(theirs, abs=5.1e-6)
+    # What is missed: the quest, the planes and the win itself.
+    assert {name[:4] for name in progress.ACHIEVEMENTS.keys() - values.keys()} == {
+        *("Home", "Astr", "You ")
+    }
 
 
 def test_bootstrap_interval_against_a_plain_loop():
@@ -340,6 +364,7 @@ def test_causes_of_death_hold_commas_and_are_read_back(tmp_path):
         table = list(csv.DictReader(file))
     assert [game["cause"] for game in table] == [result.cause for result in RESULTS]
     assert [game["depth"] for game in table] == ["1", "3", "2", "4"]
+    assert [float(game["progression"]) for game in table] == [0.01848, 0.01754, 0.01539, 0.07454]
 
 
 class Walkers(torch.nn.Module):

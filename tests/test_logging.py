@@ -404,6 +404,9 @@ def test_a_run_logs_to_wandb_and_the_checkpoint_keeps_its_id(tmp_path, stores, s
             row.pop(key, None)
     found = [json.loads(path.read_text()) for path in folder.rglob("games_*.table.json")]
     assert len(found) == 2 and all(len(table["data"]) == 1 for table in found)
-    assert found[0]["columns"] == list(pomdp.GameResult._fields)
+    assert found[0]["columns"] == [*pomdp.GameResult._fields, "progression"]
+    for table in found:
+        (game,) = (dict(zip(table["columns"], line)) for line in table["data"])
+        assert game["progression"] == pomdp.progression(game["max_depth"], game["level"])
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
     assert plain(shown) == rows and [row["_step"] for row in shown] == list(range(6))

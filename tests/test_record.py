@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys):
         "cannot load the player": ["--player", "no_such_module:function"],
         "it is not callable": ["--player", "scripted_player:KEYS"],
         "--games must be at least 1": ["--games", "0"],
-        "no checkout of AutoAscend": ["--autoascend", str(tmp_path)],
+        "is not a checkout of AutoAscend": ["--autoascend", str(tmp_path)],
         "no_such_file.pt cannot be read as a checkpoint": ["--checkpoint", "no_such_file.pt"],
         "--temperature is for --checkpoint alone": ["--temperature", "0.5"],
         "/dev/null/games": ["--out", os.devnull + "/games"],
@@ -251,8 +252,9 @@ def test_more_observations_and_a_loop_of_its_own_change_no_recording(
 
 
 # What our player knows of AutoAscend, played by a few lines: it looks at the same observations, as
-# they were in NLE 0.7.3, goes on after an exception of its own but not after KeyboardInterrupt, and
-# breaks off by a failed assertion in some games.
+# they were in NLE 0.7.3, marks its plans on a map, goes on after an exception of its own but not
+# after KeyboardInterrupt, and breaks off in some games by a failed assertion, or after pressing ESC
+# one call deeper each time.
 STAND_IN = {
     "__init__": "",
     "agent": """
@@ -268,37 +270,31 @@ class Agent:
 
     def step(self, key):
         try:
-            obs, reward, done, info = self.env.step(A.ACTIONS[A.ACTIONS.index(key)])
+            with self.env.debug_tiles([(0, 0)], color=(255, 0, 0)), self.env.debug_log("a plan"):
+                obs, reward, done, info = self.env.step(A.ACTIONS[A.ACTIONS.index(key)])
         except Exception as error:
             return
         assert not done and obs["glyphs"].dtype == np.int16 and len(obs["misc"]) == 3
-        BLStats(*obs["blstats"])
+        blstats = BLStats(*obs["blstats"])
+        assert obs["chars"][blstats.field_1, blstats.field_0] == ord("@")
         if obs["misc"][0]:  # it asks on the top line
             assert obs["tty_cursor"][0] - 1 == -1
+
+    def lose_its_way(self):
+        self.step(27)
+        (lambda: self.lose_its_way())()
 
     def main(self):
         breaks_off = self.rng.randint(2) == 0
         for _ in range(60):
             self.step(self.rng.choice(list(b"hjklyubn")))
             self.step(27)
-        assert not breaks_off, "no\\nidea"
+        if breaks_off:
+            assert self.rng.randint(2, size=2)[1], "no\\nidea"
+            self.lose_its_way()
         for key in (241, 121):  # #quit, y
             self.step(key)
         raise RuntimeError("it plays on after the game's end")
-""",
-    "env_wrapper": """
-from autoascend import agent as agent_lib
-
-class EnvWrapper:
-    def __init__(self, env, agent_args={}): self.env, self.agent_args = env, agent_args
-
-    def main(self):
-        obs = self.env.reset()
-        blstats = agent_lib.BLStats(*obs["blstats"])
-        assert obs["chars"][blstats.field_1, blstats.field_0] == ord("@")
-        agent_lib.Agent(self, **self.agent_args).main()
-
-    def step(self, action): return self.env.step(self.env._actions.index(action))
 """,
 }
 
@@ -314,7 +310,8 @@ def checkout(tmp_path):
 
 
 def test_autoascend(checkout, tmp_path):
-    """One worker plays 0, 1, 2; two share them; and game 2 is played alone."""
+    """One worker plays 0, 1, 2; two share them, from another depth of calls; and game 2 is played
+    alone."""
     line = ["--autoascend", str(checkout), "--games"]
     told = record(tmp_path / "one", *line, "3")
     record(tmp_path / "two", *line, "3", "--workers", "2")
@@ -326,13 +323,16 @@ def test_autoascend(checkout, tmp_path):
         np.testing.assert_array_equal(array, wanted)
     for array, wanted in zip(read(tmp_path / "alone" / names[2])[0], games[2]):
         np.testing.assert_array_equal(array, wanted)
-    assert told.startswith(
-        "3 games recorded, 0 left out; 2 were quit, 2 of them after the player broke off\n"
-        f"  broken off: {names[0]} at key 120: AssertionError in main: no idea\n"
-        f"  broken off: {names[2]} at key 120: AssertionError in main: no idea\n"
-    )
+    first, *broken_off = told.splitlines()[:3]
+    assert first.startswith("3 games recorded, 0 left out; 2 were quit, 2 of them after the player")
+    assert broken_off[0] == f"  broken off: {names[0]} at key 120: AssertionError in main: no idea"
+    lost = rf"  broken off: {names[2]} at key (\d+): RecursionError in .*recursion depth.*"
+    end = int(re.fullmatch(lost, broken_off[1])[1])
     keys = [read(tmp_path / "one" / name)[1] for name in names]
-    assert keys[0][120:124] == keys[2][120:124] == QUITTING and keys[1][120:122] == QUITTING[2:]
+    assert keys[0][120:124] == QUITTING and keys[1][120:122] == QUITTING[2:]
+    # the last call too deep may have been one of the game's own, after the key was pressed
+    assert 500 < end < 700 and set(keys[2][120:end]) == {27}
+    assert bytes(keys[2][end:]).lstrip(b"\x1b").startswith(bytes(QUITTING[2:]))
     assert keys[0][:120] != keys[1][:120] != keys[2][:120] != keys[0][:120]
 
 
@@ -344,9 +344,46 @@ def test_autoascend_without_its_packages(checkout, tmp_path, monkeypatch, capsys
     assert record_games.main([*line, "--out", str(tmp_path / "out")]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert "No module named 'no_such_package'" in error
-    assert re.search(r"pip install -r \S+/requirements-autoascend\.txt", error)
+    assert re.search(r"pip install -r \S+/requirements-autoascend-checkout\.txt", error)
     for name in [name for name in sys.modules if name.startswith("autoascend.")]:
         del sys.modules[name]
+
+
+# The first keys in this game of a checkout of AutoAscend at its commit 8527910.
+AUTOASCEND_KEYS = (
+    b"\x1b\x1b\x18  \xe5  @\\ :/M #te\rb\x1b\x1b\x1b#te\rb\x1b\\ :/M snsjsjsjsjsjslslslsjsjjjsjslsnsusnsu"
+    b"snsusnsusk\x04k\x04kksks#te\rb\x1bks/M ksu/M \xe5  kkskskskslsks:,:lsjshbjjjsb"
+)
+
+
+@pytest.mark.skipif(
+    find_spec("nethackers") is None,
+    reason="no package nethackers: scripts/requirements-autoascend.txt, Python 3.11 or later",
+)
+@pytest.mark.pinned_stack  # another NLE may play the game differently
+def test_autoascend_of_the_package_plays_as_a_checkout_does(tmp_path):
+    steps = len(AUTOASCEND_KEYS)
+    line = ["--player", "autoascend", "--games", "1", "--max_steps", str(steps)]
+    told = record(tmp_path / "out", *line)
+    assert told.startswith("1 games recorded, 0 left out; 1 were quit\n"), "the bot broke off"
+    _, keys = read(tmp_path / "out" / f"{CHARACTER}-{SEED}-0")
+    assert bytes(keys[:steps]) == AUTOASCEND_KEYS and keys[steps : steps + 4] == QUITTING
+
+
+@pytest.mark.parametrize(
+    "version, says",
+    [
+        ((3, 11, 0), r"pip install -r \S+/requirements-autoascend\.txt$"),
+        ((3, 10, 9), r"Python 3\.11 .*/requirements-autoascend-checkout\.txt.* --autoascend"),
+    ],
+)
+def test_autoascend_without_its_package(version, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nethackers", None)
+    monkeypatch.setattr(sys, "version_info", version)
+    line = ["--character", CHARACTER, "--games", "1", "--player", "autoascend"]
+    assert record_games.main([*line, "--out", str(tmp_path / "out")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(says, error)
 
 
 @pytest.fixture(scope="module")

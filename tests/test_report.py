@@ -183,21 +183,27 @@ def test_causes_by_share_and_how_deep_beside_points():
     cells = table_of(rows)
     assert cells[MONK, "ours"]["max depth"] == f"{38 / 11:.1f}"
     assert cells[MONK, "ours"]["level"] == f"{19 / 11:.1f}"
-    assert cells[MONK, "bc"]["max depth"] == cells[MONK, "bc"]["level"] == report.NOTHING
+    mean, low, high = numbers(cells[MONK, "ours"]["progression [95 %]"])
+    # one game's experience level is worth more than its deepest level
+    assert mean == round((0.01539 + 0.01754 + 7 * 0.02122 + 0.11705) / 11, 4) and low < mean < high
+    for name in ("progression [95 %]", "max depth", "level"):
+        assert cells[MONK, "bc"][name] == report.NOTHING
     (line,) = report.make_causes(report.collect(rows)).splitlines()[2:]
     assert line.startswith(f"| {MONK} | ours | 21 | killed by a newt 48%")
 
 
 def test_older_rows_look_as_they_did(tmp_path, capsys):
     assert report.make_causes(report.collect([row(), row("bc")])) == ""
-    assert not {"max depth", "level"} & next(iter(table_of([row()]).values())).keys()
+    columns = {"max depth", "level", "progression [95 %]"}
+    assert not columns & next(iter(table_of([row()]).values())).keys()
     (tmp_path / "metrics.jsonl").touch()
     older = "character,game,score,depth,turns,length,end,normalized_score,core_seed,disp_seed\n"
     path = tmp_path / f"7_{MONK}_games.csv"
     path.write_text(f"{older}{MONK},0,670,1,5872,7079,died,0.0384,680652266,587125654\n")
     assert report.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "| 670.0 [670.0, 670.0] |" in said and "level" not in said and "why" not in said
+    assert "| 670.0 [670.0, 670.0] |" in said and "why" not in said
+    assert "level" not in said and "progression" not in said
 
 
 def test_a_folder_s_causes_are_those_of_its_file(tmp_path, capsys):

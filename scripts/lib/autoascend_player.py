@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: MIT
 """The bot AutoAscend, unchanged, as a player for record_games.py. No command of its own.
 
-    git clone https://github.com/cdmatters/autoascend
-    pip install -r requirements.txt -r scripts/requirements-autoascend.txt
-    python scripts/record_games.py --autoascend autoascend --character mon-hum-neu --games 20 \\
+    pip install -r scripts/requirements-autoascend.txt        # Python 3.11 or later
+    python scripts/record_games.py --player autoascend --character mon-hum-neu --games 20 \\
         --out my_games --max_steps 1000000
 
-It plays every character. Its only source of chance is a generator that the game's third seed seeds.
-Some games it breaks off by an error of its own, such as a failed assertion. Its games are long: of
-thirty, two had more than the 100,000 keys after which a game is quit unless --max_steps says more.
+The bot comes with the package nethackers. Its repository has the same bot, for Python 3.10 too:
+
+    git clone https://github.com/cdmatters/autoascend
+    pip install -r scripts/requirements-autoascend-checkout.txt
+    python scripts/record_games.py --autoascend autoascend ...
+
+With the same seeds, both record the same games. The bot plays every character. Its only source of
+randomness is a generator that the game's third seed seeds. It quits some games because of an error
+of its own, such as a failed assertion. Its games are long: of 30, two had more than the 100,000
+actions after which a game is truncated unless --max_steps says more.
 """
 
 import importlib
+import importlib.util
 import sys
 import traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -25,13 +33,14 @@ from nle import nethack
 
 from custom_nethack_pomdp import UserError
 
-REQUIREMENTS = Path(__file__).parents[1] / "requirements-autoascend.txt"
 REPOSITORY = "https://github.com/cdmatters/autoascend"
+PYTHON = (3, 11)  # the oldest that the package nethackers supports
+NESTED_CALLS = 1000  # that the bot can make, as in a fresh interpreter
 
 
 class GameOver(KeyboardInterrupt):
-    """Ends the bot's own loop, which handles other exceptions itself. Told `done` instead, it looks
-    for the score on the screen after the game, which NLE shows otherwise today."""
+    """Ends the bot's own loop, which handles other exceptions itself. Told `done` instead, the bot
+    reads the score from the screen after the game, which NLE shows differently today."""
 
 
 class OldGame:
@@ -40,27 +49,36 @@ class OldGame:
     def __init__(self, game: Any, num_blstats: int) -> None:
         self.game = game
         self.num_blstats = num_blstats
-        self._actions: List[Any] = list(nethack.ACTIONS)  # where the bot looks its keys up
 
-    def reset(self) -> Dict[str, np.ndarray]:
-        """The observation of a game that has already begun."""
+    def step(self, key: int) -> Tuple[Dict[str, np.ndarray], float, bool, Dict[str, Any]]:
+        """Press a key -> obs, reward, done, info. Raises GameOver instead of returning done."""
+        _, reward, done, info = self.game.step(nethack.ACTIONS.index(key))
+        if done:
+            raise GameOver
         arrays = self.game.env.unwrapped.last_observation
         obs = dict(zip(AutoAscendPlayer.observation_keys, arrays))
         obs["blstats"] = obs["blstats"][: self.num_blstats]  # later versions have more of them
         # The bot subtracts 1 from the row, which in numpy 2 overflows as uint8.
         obs["tty_cursor"] = obs["tty_cursor"].astype(np.int64)
-        return obs
+        return obs, reward, False, info
 
-    def step(self, action: int) -> Tuple[Dict[str, np.ndarray], float, bool, Dict[str, Any]]:
-        """-> obs, reward, done, info. Raises GameOver in place of done."""
-        _, reward, done, info = self.game.step(action)
-        if done:
-            raise GameOver
-        return self.reset(), reward, False, info
+    def debug_tiles(self, *args: Any, **kwargs: Any) -> Any:
+        """Draws nothing: the bot marks its plans on a map that nobody watches here."""
+        return nullcontext()
+
+    debug_log = debug_tiles
+
+
+def nested_calls_left() -> int:
+    """The calls that can still be nested here before Python raises a RecursionError."""
+    try:
+        return 1 + nested_calls_left()
+    except RecursionError:
+        return 0
 
 
 class AutoAscendPlayer:
-    """Plays one game. `rng`, a numpy.random.Generator, seeds the bot's own source of chance."""
+    """Plays one game. `rng`, a numpy.random.Generator, seeds the bot's own source of randomness."""
 
     # What the bot looks at of NLE's observations.
     observation_keys = (
@@ -69,16 +87,19 @@ class AutoAscendPlayer:
         *("tty_chars", "tty_colors", "tty_cursor"),
     )
 
-    def __init__(self, env_wrapper: Any, rng: np.random.Generator) -> None:
-        """`env_wrapper`: the module autoascend.env_wrapper."""
-        self.env_wrapper = env_wrapper
+    def __init__(self, bot: Any, rng: np.random.Generator) -> None:
+        """`bot`: the module autoascend.agent."""
+        self.bot = bot
         self.seed = int(rng.integers(2**32))
 
     def play(self, game: Any) -> Optional[str]:
-        """Plays a game that has begun to its end -> None, or the error that broke the bot off."""
-        old_game = OldGame(game, len(self.env_wrapper.agent_lib.BLStats._fields))
+        """Play a game that has begun to its end -> None, or the error that made the bot stop."""
+        old_game = OldGame(game, len(self.bot.BLStats._fields))
+        # In some games the bot presses ESC, one call deeper each time, until a RecursionError. The
+        # number of times must not depend on who calls this.
+        sys.setrecursionlimit(sys.getrecursionlimit() + NESTED_CALLS - nested_calls_left())
         try:
-            self.env_wrapper.EnvWrapper(old_game, agent_args={"seed": self.seed}).main()
+            self.bot.Agent(old_game, seed=self.seed).main()
         except GameOver:
             return None
         except Exception as error:  # whatever the bot raises
@@ -88,17 +109,43 @@ class AutoAscendPlayer:
         return "it stopped playing"
 
 
-def load(folder: str) -> Callable[[np.random.Generator], AutoAscendPlayer]:
-    """What makes a player for each game, from a checkout of AutoAscend. Raises UserError."""
-    root = Path(folder).expanduser().resolve()
-    if not (root / "autoascend" / "env_wrapper.py").is_file():
-        missing = "it holds no autoascend/env_wrapper.py"
-        raise UserError(f"{folder} is no checkout of AutoAscend ({REPOSITORY}): {missing}")
+def needed(which: str) -> str:
+    """The command that installs what the bot needs."""
+    return f"pip install -r {Path(__file__).with_name(f'requirements-{which}.txt')}"
+
+
+def find_package() -> Path:
+    """The folder of the bot in the package nethackers. Raises UserError."""
+    found = importlib.util.find_spec("nethackers")
+    if found and found.submodule_search_locations:
+        return Path(found.submodule_search_locations[0], "roots", "autoascend")
+    if sys.version_info >= PYTHON:
+        raise UserError(f"--player autoascend needs {needed('autoascend')}")
+    version = ".".join(map(str, PYTHON))
+    other_way = f"clone {REPOSITORY}, {needed('autoascend-checkout')} and give --autoascend"
+    raise UserError(
+        f"--player autoascend needs Python {version} or later; on this one, {other_way}"
+    )
+
+
+def load(checkout: Optional[str] = None) -> Callable[[np.random.Generator], AutoAscendPlayer]:
+    """Find the bot in a checkout of its repository, or in the package nethackers -> what makes a
+    player for each game. Raises UserError."""
+    which = "autoascend"
+    if checkout is None:
+        root = find_package()
+    else:
+        which = "autoascend-checkout"
+        root = Path(checkout).expanduser().resolve()
+        if not (root / "autoascend" / "agent.py").is_file():
+            missing = "it has no autoascend/agent.py"
+            raise UserError(f"{checkout} is not a checkout of AutoAscend ({REPOSITORY}): {missing}")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        env_wrapper = importlib.import_module("autoascend.env_wrapper")
+        bot = importlib.import_module("autoascend.agent")
     except Exception as error:  # whatever is missing or does not fit
-        needed = f"it needs pip install -r {REQUIREMENTS}"
-        raise UserError(f"AutoAscend cannot be imported ({error}): {needed}") from error
-    return partial(AutoAscendPlayer, env_wrapper)
+        raise UserError(
+            f"AutoAscend cannot be imported ({error}): it needs {needed(which)}"
+        ) from error
+    return partial(AutoAscendPlayer, bot)
