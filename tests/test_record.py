@@ -351,7 +351,7 @@ def test_autoascend_without_its_packages(checkout, tmp_path, monkeypatch, capsys
 
 # The first keys in this game of a checkout of AutoAscend at its commit 8527910.
 AUTOASCEND_KEYS = (
-    b"\x1b\x1b\x18  \xe5  @\\ :/M #te\rb\x1b\x1b\x1b#te\rb\x1b\\ :/M snsjsjsjsjsjslslslsjsjjjsjslsnsusnsu"
+    b"\x1b\x1b\x18  \xe5  @\\ :/M #te\rb\x1b\x1b\x1b#te\rb\x1b\\ :/M snsjsjsjsjsjslslslsjsjjjsjslsnsusnsu"  # noqa: E501
     b"snsusnsusk\x04k\x04kksks#te\rb\x1bks/M ksu/M \xe5  kkskskskslsks:,:lsjshbjjjsb"
 )
 

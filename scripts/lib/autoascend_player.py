@@ -111,7 +111,7 @@ class AutoAscendPlayer:
 
 def needed(which: str) -> str:
     """The command that installs what the bot needs."""
-    return f"pip install -r {Path(__file__).with_name(f'requirements-{which}.txt')}"
+    return f"pip install -r {Path(__file__).parents[1] / f'requirements-{which}.txt'}"
 
 
 def find_package() -> Path:
