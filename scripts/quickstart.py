@@ -62,6 +62,7 @@ def best_game(folder: Path) -> Tuple[str, float]:
 def quickstart(actions: int, settings: List[str]) -> None:
     os.chdir(ROOT)  # paths in the config are relative to it
     os.environ.setdefault("WANDB_MODE", "disabled")
+    pomdp.keep_freed_memory()
     config = pomdp.parse_config(["--config", str(CONFIG), *settings])
     out = Path(config.checkpoints_path or "runs")
     page = out / "game.html"

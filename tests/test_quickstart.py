@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""scripts/quickstart.py, small: both losses, one table with both agents, a page of the best game."""
+"""scripts/quickstart.py, small: both losses, a table with both agents, a page of the best game."""
 
 import os
 import re
