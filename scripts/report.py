@@ -238,10 +238,12 @@ def losses_of(sample: Sample, seeds: Sequence[int]) -> Dict[str, float]:
 
 
 def estimate(values: Any) -> Optional[Estimate]:
-    """Mean and interval; None of no values."""
+    """Mean and interval, which one value alone does not have; None of no values."""
     array = np.array(list(values), dtype=float)
     if not len(array):
         return None
+    if len(array) == 1:
+        return Estimate(float(array[0]))
     return Estimate(float(array.mean()), *pomdp.bootstrap_interval(array))
 
 
