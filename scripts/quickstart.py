@@ -41,7 +41,7 @@ def loss_before_training(config: TrainConfig) -> float:
     if heldout is None:
         raise UserError("no game is held out: give a larger --heldout_share")
     pomdp.set_seed(config.train_seed)
-    algorithm = pomdp.begin_algorithm(config, device)
+    algorithm = pomdp.start_algorithm(config, device)
     metrics = pomdp.evaluate_heldout(algorithm, heldout, config.eval_heldout_frames, device)
     return metrics["loss_per_action"]
 

@@ -10,8 +10,9 @@ together. The normalized score is the mean of the points over AutoAscend's mean 
 over several characters their geometric mean. Intervals are 95 % bootstrap intervals over the games
 of all seeds. Differences from the baseline are between equal games (same seeds of game and
 training, same held-out games), bold where the interval leaves out 0. A held-out loss is a mean over
-held-out games, each the mean over seeds, of -log pi(a|s); of a run's folder the mean over frames. A
-study's agents play with the weights of their lowest held-out loss. Progression is BALROG's metric,
+held-out games, each the mean over seeds, of -log pi(a|s); of a run's folder the mean over frames;
+an algorithm whose info lacks loss_per_action has none. A study's agents play with the weights of
+their lowest held-out loss. Progression is BALROG's metric,
 computed from a game's deepest level and its experience level: it misses the milestones of the quest
 and of the planes. Progression and both levels are means over games. A second table has why games
 ended: the commonest causes, in NetHack's words, and their shares; names of shopkeepers, pets, gods
@@ -144,7 +145,7 @@ def read_folder(folder: Path) -> Row:
             config = json.loads(described.read_text(encoding="utf-8"))["config"]
         for line in read_rows(folder / "metrics.jsonl"):
             if "heldout/frames" in line:
-                curve.append([line["transitions"], line["heldout/loss_per_action"]])
+                curve.append([line["transitions"], line.get("heldout/loss_per_action")])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is no folder of a run or an evaluation, or it is damaged: {error!r}"
@@ -232,7 +233,8 @@ def losses_of(sample: Sample, seeds: Sequence[int]) -> Dict[str, float]:
     losses: Dict[str, List[float]] = defaultdict(list)
     for games in scored:
         for name, metrics in games.items():
-            losses[name].append(metrics["loss_per_action"])
+            if "loss_per_action" in metrics:
+                losses[name].append(metrics["loss_per_action"])
     shared = [name for name in sorted(losses) if len(losses[name]) == len(scored)]
     return {name: float(np.mean(losses[name])) for name in shared}
 
@@ -434,7 +436,8 @@ def draw_curves(arms: Sequence[Arm], path: Path) -> str:
     learned = [arm for arm in arms if arm.variant == DEFAULT_VARIANT]
     panels: Dict[str, None] = {}
     for arm in learned:
-        panels.update(("+".join(row["characters"]), None) for row in arm.rows if row["curve"])
+        shown = [row for row in arm.rows if len(mean_curve([row]))]
+        panels.update(("+".join(row["characters"]), None) for row in shown)
     if not panels:
         return ""
     figure = Figure(figsize=(5 * len(panels) + 2, 4.5), layout="constrained")

@@ -34,10 +34,10 @@ versions, hardware, command. And what came of it: parameters, transitions, best_
 the weights that played), wall_seconds (updates alone), evaluation_seconds, curve ([transitions,
 held-out loss, mean training loss since the point before]), heldout (the run's metrics; with
 game_frames on these frames alone), heldout_games (each from its first frame on, with the state
-carried: loss and accuracy up to the last phase's end, and by phase), recorded_scores (points of the
-recorded games after eval_max_steps actions), and by character scores, depths, max_depths (deepest
-levels), levels (of experience), turns, lengths, causes (of death, in NetHack's words) and ends ("no
-progress" apart from deaths).
+carried: loss_per_action and accuracy, if the algorithm's info has them, up to the last phase's end
+and by phase), recorded_scores (points of the recorded games after eval_max_steps actions), and by
+character scores, depths, max_depths (deepest levels), levels (of experience), turns, lengths,
+causes (of death, in NetHack's words) and ends ("no progress" apart from deaths).
 """
 
 import fcntl
@@ -102,6 +102,7 @@ ACTING = ("eval_processes", "eval_max_steps", "eval_precision", "eval_seed")  # 
 NAMES = ("study", "algorithm", "variant", "seed", "characters")  # of a row
 NEEDED = {*NAMES, "settings", "config", "data", "script_sha256"}
 CHUNK = 100  # frames of a held-out game that are scored at once
+SCORED = ("loss_per_action", "accuracy")  # of a held-out game, if the algorithm's info has them
 Settings = Dict[str, Any]
 Code = Dict[str, Optional[str]]  # {"script_sha256": ..., "submission_sha256": ...}
 
@@ -328,15 +329,11 @@ def learning_curve(metrics: Sequence[Row]) -> List[List[Optional[float]]]:
     return curve
 
 
-def means_of(sums: np.ndarray) -> Row:
-    """Sums over frames of loss, accuracy and 1 -> means."""
-    loss, accuracy, frames = sums.tolist()
-    count = max(frames, 1.0)
-    return {
-        "frames": frames,
-        "loss_per_action": round(loss / count, 6),
-        "accuracy": round(accuracy / count, 6),
-    }
+def means_of(sums: Row) -> Row:
+    """Sums over frames, and their number -> means."""
+    count = max(sums["frames"], 1.0)
+    means = {name: round(sums[name] / count, 6) for name in sums}
+    return {**means, "frames": sums["frames"]}
 
 
 def score_games(algorithm: Any, config: TrainConfig, store: Any, phases: List[int]) -> Row:
@@ -354,14 +351,17 @@ def score_games(algorithm: Any, config: TrainConfig, store: Any, phases: List[in
         loader = pomdp.ChunkLoader(games, np.array([game]), config, 1, 1.0)
         by_phase = {}
         start = 0
-        sums = np.zeros(3)
+        sums: Row = {}
         for stop in phases:
             if start < games.frames[game]:
                 means = pomdp.evaluate_heldout(algorithm, loader, stop, device, precision)
                 before = sums
-                one = np.array([means["loss_per_action"], means["accuracy"], 1.0])
-                sums = one * means["frames"]
-                by_phase[str(stop)] = means_of(sums - before)
+                sums = {"frames": means["frames"]}
+                for name in SCORED:
+                    if name in means:
+                        sums[name] = means[name] * means["frames"]
+                phase = {name: sums[name] - before.get(name, 0.0) for name in sums}
+                by_phase[str(stop)] = means_of(phase)
             start = stop
         found[str(store.names[game])] = {**means_of(sums), "phases": by_phase}
     return found
@@ -377,6 +377,20 @@ def recorded_scores(store: Any, steps: int) -> List[float]:
 
 
 # --- the study
+def check_algorithm(run: Run, store: Any) -> None:
+    """Raises UserError for an algorithm without a held-out loss, by which best.pt is chosen: before
+    the training, which would be in vain."""
+    config = replace(run.config, rnn_hidden_dim=8, device="cpu", seq_len=CHUNK)
+    device = torch.device("cpu")
+    algorithm = pomdp.make_algorithm(config, device)
+    loader = pomdp.ChunkLoader(pomdp.Games([store]), np.array([0]), config, 1, 1.0)
+    pomdp.check_actions(algorithm, loader)
+    with pomdp.noting_signals():
+        means = pomdp.evaluate_heldout(algorithm, loader, CHUNK, device)
+    if not {"loss", "loss_per_action"} & means.keys():
+        raise UserError("the algorithm's info has neither loss_per_action nor loss")
+
+
 def train(task: Task, args: Namespace) -> Path:
     """Trains, or goes on with what was begun -> the best weights."""
     run = task.run
@@ -460,6 +474,7 @@ def play(row: Row, way: TrainConfig, best: Path, stores: Row, phases: List[int])
 
 def do_run(task: Task, stores: Row, args: Namespace) -> Iterator[Row]:
     """Trains, or goes on with what was begun, and plays what is missing -> rows."""
+    check_algorithm(task.run, stores[task.run.config.characters[0]])
     best = train(task, args)
     row = describe_run(task, best, stores, args)
     for variant in task.missing:

@@ -18,6 +18,7 @@ import custom_nethack_pomdp as pomdp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 study = pytest.importorskip("study", reason="scripts need Python 3.10")
+report = pytest.importorskip("report", reason="scripts need Python 3.10")
 pytestmark = [pytest.mark.pinned_stack, pytest.mark.usefixtures("one_thread")]
 GAMES, STUDIES, MONK = (
     ROOT / "tests" / "data" / "nle_data",
@@ -237,6 +238,31 @@ def test_a_run_that_fails_is_told_and_does_not_stop_the_others(
     (row,) = rows_in(tmp_path)
     assert row["algorithm"] == "bc" and row["config"]["submission"] == "bc.py"
     assert row["submission_sha256"] == pomdp.hashlib.sha256(source.encode()).hexdigest()
+
+
+def test_an_info_with_another_loss_or_none(tmp_path, stores, stores_path, capsys):
+    """Which loss is not known to be one per action: a dash. Without any nothing is trained."""
+    source = (ROOT / "scripts" / "references" / "bc.py").read_text()
+    arms = {"alone": '{"loss": loss.detach()}', "silent": "{}"}
+    for arm, info in arms.items():
+        code = re.sub(r"info = \{.*\}", f"info = {info}", source)
+        assert code != source
+        (tmp_path / f"{arm}.py").write_text(code)
+    lines = ", ".join(f"{arm}: {{submission: {arm}.py}}" for arm in arms)
+    text = ONE[: ONE.index(" algorithm: {lam")] + f" gamma: 0.9}}, arms: {{{lines}}}}}"
+    assert study.main(arguments(tmp_path, stores_path, text=text)) == 1
+    told = capsys.readouterr()
+    assert "1 of 2 runs failed, the first: silent" in told.err
+    assert "info has neither loss_per_action nor loss" in told.err
+    (folder,) = (tmp_path / "runs" / "small-v0").iterdir()
+    assert folder.name.startswith("alone-"), "the other began to train"
+    (row,) = rows_in(tmp_path)
+    for game in row["heldout_games"][MONK].values():
+        assert game.keys() == {"frames", "phases"} and game["phases"]["100"] == {"frames": 100.0}
+    for path in (tmp_path / "rows.jsonl", folder):
+        assert report.main([str(path), "--out", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr()
+        assert MONK in said.out and "held-out" not in said.out + said.err
 
 
 def test_one_study_writes_a_file_at_a_time(tmp_path, capsys):

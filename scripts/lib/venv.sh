@@ -2,6 +2,7 @@
 # Sourced by the other shell scripts: enters the repository's root, makes virtual environments. Defines
 #   ensure_venv DIR "VERSIONS" INSTALL_FUNCTION FILES...
 # which makes the virtual environment DIR with one of the Python VERSIONS and fills it, unless that was done before.
+# A DIR that it did not make is filled if it has pip and one of the VERSIONS, but never cleared.
 # FILES are what its content follows from: a stamp in DIR holds their hash, and is written last, so that an
 # interrupted install is taken up again. PYTHON=... chooses the Python, PIP_* variables are pip's own.
 
@@ -49,9 +50,13 @@ ensure_venv() {
         flock 9
         if venv_done; then exit; fi
         if ! venv_usable; then
+            may_clear || die "$dir was not made by this script and cannot be used: it needs pip and Python" \
+                "${PYTHON:-${versions// /, }}; install pip into it, or move it away and start this again"
             python=$(find_python "$versions")
             echo "Making $dir with Python $(version_of "$python")" >&2
-            "$python" -m venv --clear "$dir"
+            "$python" -m venv --clear --without-pip "$dir"
+            touch "$dir/.made-here"
+            "$python" -m venv "$dir"
         fi
         rm -f "$dir/.stamp"
         echo "Installing into $dir: this takes some minutes the first time" >&2
@@ -60,7 +65,9 @@ ensure_venv() {
     ) 9>"$dir.lock" </dev/null
 }
 
-# These two see the variables of ensure_venv.
+# These see the variables of ensure_venv.
+may_clear() { [ -e "$dir/.made-here" ] || [ -z "$(ls -A "$dir" 2>/dev/null)" ]; }
+
 venv_usable() {
     local version
     version=$(version_of "$dir/bin/python")
