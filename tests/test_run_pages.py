@@ -199,7 +199,7 @@ def test_wandb_gets_the_pages_of_the_games_that_a_run_kept(tmp_path, stores, sto
     environment = {name: value for name, value in known if not name.startswith("WANDB")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     environment.update(HOME=str(tmp_path), PYTHONPATH=path, WANDB_MODE="offline")
-    options = dict(env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    options = dict(env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
     done = subprocess.run(line, **options)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").glob("*/*")
