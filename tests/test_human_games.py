@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LIMIT_S
 from nle import dataset as nld
 
 import custom_nethack_pomdp as pomdp
@@ -331,7 +332,7 @@ def test_mistakes_get_one_line(layout, tmp_path, capsys):
     line = [sys.executable, str(ROOT / "custom_nethack_pomdp.py"), "--data_path", str(layout)]
     line += ["--store_path", str(tmp_path / "stores"), "--checkpoints_path", str(tmp_path / "runs")]
     environment = {**os.environ, **QUIET}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "scripts/label_games.py" in done.stderr
 

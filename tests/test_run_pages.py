@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LIMIT_S
 from test_html_page import AGENT, game_path, read_page
 
 import custom_nethack_pomdp as pomdp
