@@ -40,6 +40,7 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -161,7 +162,7 @@ def play(args: argparse.Namespace, scratch: str, k: int) -> Dict[str, Any]:
     kept = finished and not (cut and args.leave_out_cut)
     if kept:
         for log in part.glob("*.xlogfile"):
-            log.chmod(0o644)  # NLE makes it executable
+            log.chmod(log.stat().st_mode & 0o666)  # NLE makes it executable
         part.rename(Path(args.out) / name)
     shutil.rmtree(part, ignore_errors=True)
     return dict(
@@ -264,5 +265,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return make_parser().run(run, argv, if_stopped="stopped; the games that were over are kept")
 
 
+def stop(number: int, _frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is unfinished is being removed
+    raise pomdp.Stopped(number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, stop)
     sys.exit(main())

@@ -57,7 +57,7 @@ sys.path.insert(0, str(Path(__file__).resolve().with_name("lib")))
 import numpy as np
 import torch
 import yaml
-from shared import DEFAULT_VARIANT, ROOT, Parser, Row, newest_games, read_games, read_rows
+from shared import DEFAULT_VARIANT, ROOT, Parser, Row, is_row, newest_games, read_games, read_rows
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import TrainConfig, UserError, settings_where
@@ -488,12 +488,16 @@ def do_run(task: Task, stores: Row, args: Namespace) -> Iterator[Row]:
 
 
 def rows_in(file: Any) -> List[Row]:
-    """Rows of an open .jsonl file; what a kill left of a last line is cut off."""
+    """Rows of an open .jsonl file; what a kill left of a last line is cut off, and a whole one gets
+    its newline."""
     file.seek(0)
-    *lines, cut = file.read().split(b"\n")
-    if cut:
+    *lines, last = file.read().split(b"\n")
+    if is_row(last):
+        lines.append(last)
+        file.write(b"\n")
+    elif last:
         pomdp.warn(f"{file.name}: the last line was cut short and is left out")
-        file.truncate(file.tell() - len(cut))
+        file.truncate(file.tell() - len(last))
     try:
         rows = [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError):

@@ -285,6 +285,28 @@ def test_a_browser_shows_colours_and_the_panel(tmp_path):
     assert "<dd>1.28 nats</dd>" in dump and "<dd>−0.500</dd>" in dump
 
 
+EMBEDDED = """<!doctype html><pre id="told"></pre><iframe srcdoc="{page}"></iframe><script>
+const told = document.querySelector("#told"), frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentWindow, event = new page.KeyboardEvent("keydown", {{key: "n"}});
+  page.onerror = text => {{ told.textContent += text; }};
+  setTimeout(() => page.dispatchEvent(event), 3000);
+  setTimeout(() => {{
+    told.textContent += page.document.querySelector("#place").textContent;
+  }}, 6000);
+}};
+</script>"""
+
+
+@needs_browser
+def test_a_page_inside_another_goes_on_without_an_error(tmp_path, recorded):
+    """In an iframe's srcdoc, as wandb shows it: such a page has no address to note a frame in."""
+    outer = tmp_path / "outer.html"
+    outer.write_text(EMBEDDED.format(page=html.escape(recorded[0].read_text())))
+    dump = open_page(outer, "", tmp_path / "profile")
+    assert text_of(dump, "pre", "told") == f"frame 1 of {len(recorded[1]) - 1}"
+
+
 # --- mistakes
 def test_mistakes_get_one_line(tmp_path, capsys):
     page = tmp_path / "page.html"

@@ -5,8 +5,10 @@ mistakes."""
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,6 +135,33 @@ def test_adding_to_a_recording(recorded, capsys):
     assert record_games.main([*same, "--games", "1", "--first", "2"]) == 0
     assert sorted(os.listdir(out)) == [f"{CHARACTER}-{SEED}-{k}" for k in range(3)]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_unfinished(tmp_path, number, workers):
+    out = tmp_path / "out"
+    line = [sys.executable, str(ROOT / "scripts" / "record_games.py"), "--character", CHARACTER]
+    line += ["--games", "4", "--workers", workers, "--out", str(out)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob(".recording.*/*/*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    told, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 128 + number and "Traceback" not in error
+    assert told == "stopped; the games that were over are kept\n"
+    assert not list(out.glob(".*"))
+
+
+def test_files_are_as_private_as_the_umask_says(tmp_path):
+    before = os.umask(0o077)
+    try:
+        record(tmp_path / "out", "--games", "1", "--max_steps", "5")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_one_player_at_a_time(capsys):

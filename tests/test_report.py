@@ -419,6 +419,23 @@ def test_a_mistake_gets_one_line_and_exit_code_2(expected, tmp_path, monkeypatch
     assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
 
 
+@pytest.mark.pinned_stack  # study.py needs Python 3.10
+def test_a_last_line_without_a_newline_is_a_row(tmp_path, capsys):
+    """Read as one, and a study adds its rows below."""
+    import study
+
+    added = dict.fromkeys(study.NEEDED, 1)
+    path = write_rows(tmp_path / "rows.jsonl", [{**row(), **added}, {**row(seed=2), **added}])
+    rows = report.read_rows(path)
+    path.write_text(path.read_text()[:-1])
+    assert report.read_rows(path) == rows
+    with open(path, "a+b", buffering=0) as file:
+        assert study.rows_in(file) == rows
+        file.write(b"{}\n")
+    assert report.read_rows(path) == [*rows, {}]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_line_that_was_cut_short_is_left_out_with_a_warning(tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [row(), row(seed=2)])
     path.write_text(path.read_text()[:-30])

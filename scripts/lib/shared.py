@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Union
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -59,16 +59,27 @@ def check_least(args: argparse.Namespace, **least: float) -> None:
             raise UserError(f"--{name} must be at least {number}, not {getattr(args, name)}")
 
 
+def is_row(line: Union[str, bytes]) -> bool:
+    """Whether it is an object of JSON: a line that was cut short is none."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def read_rows(path: Path) -> List[Row]:
     """Objects of a .jsonl file; a last line that was cut short is left out with a warning.
 
     Raises OSError, and UserError where a line is no object.
     """
-    text, _, cut = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
-    if cut:
+    text, _, last = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    lines = text.splitlines()
+    if is_row(last):  # without the newline at its end
+        lines.append(last)
+    elif last:
         pomdp.warn(f"{path}: the last line is cut short and left out")
     try:
-        return [dict(json.loads(line)) for line in text.splitlines()]
+        return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError):
         raise UserError(f"{path} has a line that is not a JSON object") from None
 
