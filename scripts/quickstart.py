@@ -35,7 +35,7 @@ def run_script(name: str, *arguments: Any) -> None:
 
 
 def loss_before_training(config: TrainConfig) -> float:
-    """Held-out loss of the network that training starts from, in nats per action."""
+    """Held-out loss of a fresh network, in nats per action."""
     device = pomdp.choose_device(config)
     _, heldout = pomdp.load_data(config)
     if heldout is None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the agent remembers of a game (`recall`): kills, and the corpses that it must not eat."""
 
 import numpy as np

@@ -136,8 +136,9 @@ def test_the_quickstart_s_output_follows_from_its_settings_and_games(stores):
     assert f" {parameters:,} parameters on" in block
     for step in (config.log_every, config.update_steps):
         assert f" step={step} transitions={step * config.batch_size * config.seq_len} " in block
-    frames = f"step={config.update_steps} frames={config.eval_heldout_frames}"
-    assert f"HELDOUT_METRICS {frames} " in block
+    heldout = f"HELDOUT_METRICS step={config.update_steps} "
+    assert re.search(rf"{heldout}.* frames={config.eval_heldout_frames}\n", block)
+    assert f" after {config.update_steps} updates\n" in block
     assert f"-seed{config.train_seed} at step 0" in block and "+".join(config.characters) in block
 
 
