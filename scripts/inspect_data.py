@@ -109,10 +109,11 @@ def table(told: Dict[str, Any]) -> str:
 # --- human games
 def count_frames(path: Path) -> Tuple[int, int, str]:
     """Frames of a recording, those of them whose status lines are read, and why there are none."""
-    frames = read = 0
+    frames = read = unreadable = 0
     problem = ""
     try:
         for part in human_games.read_parts(path):
+            unreadable += human_games.count_unreadable(part.chars)
             stats = pomdp.read_blstats(part.chars)
             frames += len(stats)
             first_line = stats[:, pomdp.nethack.NLE_BL_STR125] > 0
@@ -120,8 +121,9 @@ def count_frames(path: Path) -> Tuple[int, int, str]:
             read += int((first_line & second_line).sum())
         if not frames:
             problem = "it holds no frame"
+        human_games.check_map(unreadable, frames)
     except pomdp.UNREADABLE as error:
-        problem = str(error)
+        return 0, 0, str(error)
     return frames, read, problem
 
 

@@ -51,7 +51,7 @@ ONE_KEY = 20_000  # microseconds, within which the next write is to the same key
 MOST = 100_000  # screens of a human game; what comes later is left out
 CHUNK = 256  # screens that the model reads at once
 NO_KEY = -1
-VERSION = 1  # of what this makes of a game: with another, files are made anew
+VERSION = 2  # of what this makes of a game: with another, files are made anew
 
 # The first screens after a game, as NetHack asks and tells; NLE never shows them to an agent.
 OVER = re.compile(pomdp.DEATH_MESSAGE.pattern + rb".*--More--|Do you want your possessions iden")
@@ -109,6 +109,7 @@ class HumanGames:
         if not pieces:
             raise GameError("it holds no frame")
         chars, colors, cursor, _ = [np.concatenate(arrays) for arrays in zip(*pieces)]
+        human_games.check_map(human_games.count_unreadable(chars), len(chars))
         end = find_end(chars)
         actions = np.full(end, NO_KEY, np.int16)
         counts["screens after the game was over"] += len(chars) - end

@@ -11,8 +11,9 @@
 
 Beside the game a panel shows the five likeliest actions with their probabilities, the value, the
 score and the turn. Keys: space pauses and goes on, n and b (or right and left) go one step on and
-back, N and B 100 steps, + and - (or up and down) change the speed, q quits. Where standard input or
-output is no terminal, frames are printed one after another.
+back, N and B 100 steps, + and - (or up and down) change the speed, p hides and shows the panel, q
+quits. A terminal without room for the panel has it over the game, away from the cursor. Where
+standard input or output is no terminal, frames are printed one after another.
 
 With `--html` the game becomes one page instead, which holds all it needs: `game.html#frame=812`
 opens at that frame. With `--run` the games that an evaluation kept (its setting `eval_replays`)
@@ -59,7 +60,7 @@ from shared import Parser, check_least
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import COLS, NO_ACTION, ROWS, UNKNOWN_KEY, UserError
 
-PANEL = 36  # columns of the panel at the game's right; a narrower terminal has it below the game
+PANEL = 36  # columns of the panel at the game's right, below it or over it, as there is room
 JUMP = 100  # steps
 NAMED_KEYS = {13: "Enter", 27: "ESC", 32: "space"}
 
@@ -291,20 +292,28 @@ def game_lines(view: View, coloured: bool) -> List[str]:
     return lines
 
 
-def draw(view: View, title: str, footer: str) -> str:
+def draw(view: View, title: str, footer: str, with_panel: bool = True) -> str:
     """What turns the terminal into this view: the panel stands at the game's right, or below where
-    it is narrow."""
+    it is narrow, or over the game where it is low as well, at the side where the cursor is not."""
     columns, rows = shutil.get_terminal_size()
     lines = game_lines(view, coloured=True)
-    beside = [*panel(view, title), "", footer]
+    beside = [*panel(view, title), "", footer] if with_panel else []
+    row, column = view.cursor.tolist()
+    over = ""
     if columns >= COLS + 2 + PANEL:
         beside += [""] * (ROWS - len(beside))
-        for row in range(ROWS):
-            lines[row] += f"| {beside[row]}"
-    else:
+        for number in range(ROWS):
+            lines[number] += f"| {beside[number]}"
+    elif rows > ROWS + len(beside):
         lines += ["-" * COLS, *beside]
-    row, column = view.cursor.tolist()
-    return "\x1b[H" + "\x1b[K\n".join(lines[:rows]) + f"\x1b[K\x1b[J\x1b[{row + 1};{column + 1}H"
+    else:
+        left = 1
+        if column < COLS // 2:
+            left = max(1, min(columns, COLS) - PANEL - 1)
+        for number, text in enumerate(beside, 2):  # the message above stays
+            over += f"\x1b[{number};{left}H| {text:<{PANEL}}"
+    shown = "\x1b[H" + "\x1b[K\n".join(lines[:rows]) + "\x1b[K\x1b[J"
+    return f"{shown}{over}\x1b[{row + 1};{column + 1}H"
 
 
 # --- the terminal
@@ -324,23 +333,54 @@ def read_keys(seconds: float) -> str:
     return typed
 
 
+def send(text: str) -> None:
+    """To the terminal, past sys.stdout: a signal's handler must not enter its buffer again."""
+    data = text.encode("utf-8", "replace")
+    while data:
+        data = data[os.write(sys.stdout.fileno(), data) :]
+
+
 @contextlib.contextmanager
 def screen() -> Iterator[Callable[[str], None]]:
     """The terminal's alternate screen, without wrapping, and keys without Enter; restored in any
-    case."""
+    case, also while the process is stopped (Ctrl-Z)."""
+    saved = termios.tcgetattr(sys.stdin)
+    shown = ""
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        nonlocal shown
+        shown = text
+        send(text)
 
-    saved = termios.tcgetattr(sys.stdin)
-    try:
+    def enter() -> None:
         tty.setcbreak(sys.stdin)
-        write("\x1b[?1049h\x1b[?7l\x1b[2J")
+        send("\x1b[?1049h\x1b[?7l\x1b[2J")
+
+    def leave() -> None:
+        send("\x1b[0m\x1b[?7h\x1b[?1049l")
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+
+    def resume(*_: Any) -> None:
+        if os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():  # by `bg`: the terminal is another's
+            os.kill(os.getpid(), signal.SIGTTOU)
+        enter()
+        send(shown)
+
+    def suspend(number: int, _frame: Any) -> None:
+        leave()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # it stops here, unless no shell could make it go on
+        signal.signal(number, suspend)
+        resume()
+
+    before = [signal.signal(signal.SIGTSTP, suspend), signal.signal(signal.SIGCONT, resume)]
+    try:
+        enter()
         yield write
     finally:
-        write("\x1b[0m\x1b[?7h\x1b[?1049l")
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+        for number, handler in zip((signal.SIGTSTP, signal.SIGCONT), before):
+            signal.signal(number, handler)
+        leave()
 
 
 def play(views: Views, title: str, at: int, speed: float) -> View:
@@ -348,6 +388,7 @@ def play(views: Views, title: str, at: int, speed: float) -> View:
     seen is kept."""
     seen = [next(views)]
     paused = False
+    with_panel = True
     with screen() as write:
         while True:
             seen.extend(itertools.islice(views, max(0, at + 1 - len(seen))))
@@ -358,7 +399,7 @@ def play(views: Views, title: str, at: int, speed: float) -> View:
             if paused or ended:
                 state = "END" if ended else "PAUSED"
                 seconds = 0.25
-            write(draw(seen[at], title, f"{state}  space n b N B + - q"))
+            write(draw(seen[at], title, f"{state}  space n b N B + - p q", with_panel))
             keys = read_keys(seconds)
             for key in keys:
                 if key in "qQ":
@@ -367,6 +408,8 @@ def play(views: Views, title: str, at: int, speed: float) -> View:
                     speed = min(max(speed * FASTER[key], 0.1), 1000.0)
                 if key == " ":
                     paused = not paused
+                if key == "p":
+                    with_panel = not with_panel
                 if key in MOVES:
                     paused = True
                     at = max(0, at + MOVES[key])

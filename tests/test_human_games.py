@@ -128,6 +128,19 @@ def test_a_game_is_read_from_all_of_its_files(played, tmp_path):
     assert np.array_equal(np.concatenate(parts), wanted)
 
 
+def test_a_file_of_several_streams_is_read_to_its_end(played, tmp_path):
+    """As two files appended to each other, or pbzip2 makes them; also where the last breaks off."""
+    plain = bz2.decompress(played[1][1].read_bytes())
+    third = len(plain) // 3
+    streams = [b"", plain[:third], plain[third : 2 * third], plain[2 * third :]]
+    path = tmp_path / "several.ttyrec.bz2"
+    path.write_bytes(b"".join(map(bz2.compress, streams)))
+    assert_same_screens(read(path), read(played[1][1]))
+    assert inspect_data.count_frames(path) == inspect_data.count_frames(played[1][1])
+    path.write_bytes(path.read_bytes()[:-20])
+    assert len(read(path).chars) > 100
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path):
     def peak(frames):
         path = write(tmp_path / "long.ttyrec.bz2", *[b"\x1b[H%d" % i for i in range(frames)])
@@ -323,6 +336,19 @@ def test_inspect_data_tells_of_human_games(layout, capsys):
     assert any(re.search("left out: 1 files that cannot be read: .*bob", line) for line in lines)
     assert inspect_data.main([str(layout), "--character", "wiz-hum-neu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["frames"] == 5
+
+
+def test_a_map_in_other_characters_is_left_out_by_name(layout, capsys):
+    """UTF-8 takes several cells for each; a word of a player's in it is no reason."""
+    there = layout / "bob" / "2019-07-25.22_03_29.ttyrec.bz2"
+    word = "\x1b[2;1HThis is a potion named Höhle."
+    write(there, STATUS, word.encode(), b"\x1b[5;5H@")
+    assert inspect_data.main([str(layout)]) == 0
+    assert "cannot be read" not in capsys.readouterr().out
+    write(there, STATUS, "\x1b[5;5H┌─┐\x1b[6;5H│@│".encode(), b"\x1b[6;5H@")
+    assert inspect_data.main([str(layout)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line)
+    assert f"{there}: its map is neither ASCII nor IBM 437 or DEC line graphics" in line
 
 
 def test_mistakes_get_one_line(layout, tmp_path, capsys):

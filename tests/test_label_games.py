@@ -430,6 +430,16 @@ def test_a_recording_that_cannot_be_read_is_left_out_and_told(human, run, tmp_pa
         assert file["Ada 1300000000/actions"][:].tolist() == wanted["Ada 1300000000"][1].tolist()
 
 
+def test_a_map_in_other_characters_is_not_labelled(tmp_path):
+    """In UTF-8 a wall is three cells, and all that is at its right stands elsewhere."""
+    path = write(tmp_path / "a.ttyrec.bz2", *["\x1b[5;5H┌─┐\x1b[6;5H│@│".encode()] * 3)
+    game = label_games.human_games.Game("x", 1, 2, (path,), "val-hum-neu", "3.7.0", 0, 0, 1, "")
+    with pytest.raises(pomdp.GameError, match="its map is neither ASCII nor"):
+        label_games.HumanGames([game]).read("x 1", Counter())
+    write(path, *[b"\x1b[5;5H\xda\xc4\xbf\x1b[6;5H\xb3@\xb3"] * 3)
+    assert len(label_games.HumanGames([game]).read("x 1", Counter()).chars) == 3
+
+
 def test_data_paths(tmp_path):
     """Several by commas; a path that exists is one, whatever its name."""
     assert list(pomdp.data_paths(None)) == [None]

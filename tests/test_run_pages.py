@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LIMIT_S
+from shared import read_games
 from test_html_page import AGENT, game_path, read_page
 
 import custom_nethack_pomdp as pomdp
@@ -81,6 +82,32 @@ def test_pages_of_the_newest_evaluation_and_their_index(folder, tmp_path, capsys
     views = list(watch.recorded_game(game_path(min), None, 10**6))
     assert game["columns"]["step"].tolist() == [view.step for view in views]
     assert f"{pages}/index.html: 3 games\n" in capsys.readouterr().out
+
+
+def test_a_table_that_a_spreadsheet_saved(folder, tmp_path, capsys):
+    """With a byte-order mark and semicolons it says the same; a spoiled one is told, and the pages
+    are there."""
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    monk, valkyrie = copy / f"1000_{MONK}_games.csv", copy / f"1000_{VALKYRIE}_games.csv"
+    text = monk.read_text(encoding="utf-8")
+    monk.write_text(text.replace(",", ";").replace("\n", "\r\n"), encoding="utf-8-sig")
+    for spoiled in (
+        valkyrie.read_text().replace("12.0", "12. Jan"),
+        "a\0b\n1\n",
+        "x;y\n1;2\n",
+        "\xff",
+    ):
+        valkyrie.write_text(spoiled, encoding="latin-1")
+        line = ["--run", str(copy), "--html", str(tmp_path / "pages"), "--max_steps", "5"]
+        assert watch.main(line) == 0
+        _, *lines = lines_of(tmp_path / "pages" / "index.html")
+        assert lines[0] == [MONK, "game 1", "9", "1", "1", "100", "no progress", "–"]
+        assert [line[:3] for line in lines[1:]] == [[VALKYRIE, f"game {k}", "–"] for k in (0, 2)]
+        error = capsys.readouterr().err
+        assert f"{valkyrie} cannot be read" in error and "Traceback" not in error
+    assert read_games({MONK: monk})["scores"] == {MONK: [12.0, 9.0, 1234.0]}
+    with pytest.raises(pomdp.UserError, match="is damaged"):
+        read_games({VALKYRIE: valkyrie})
 
 
 def test_all_evaluations_the_newest_first(folder, tmp_path):

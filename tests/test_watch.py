@@ -219,6 +219,27 @@ def test_colours_and_bytes_that_are_no_text(monkeypatch):
         assert re.fullmatch(wanted, watch.draw(view, "title", "").split("\x1b[K\n")[row])
 
 
+@pytest.mark.parametrize("size", [(80, 24), (80, 28), (60, 20), (100, 24)])
+@pytest.mark.parametrize("column", [4, 70])
+def test_a_terminal_without_room_has_the_panel_over_the_game(monkeypatch, size, column):
+    """With its keys, within the terminal, neither over the message nor over the cursor."""
+    monkeypatch.setenv("COLUMNS", str(size[0]))
+    monkeypatch.setenv("LINES", str(size[1]))
+    screen = (np.full((24, 80), ord("a"), np.uint8), np.full((24, 80), 7, np.int8))
+    view = watch.View(*screen, np.array([3, column]), 1, 2, 3)
+    view = view._replace(action=5, probabilities=np.full(121, 1 / 121), value=0.5)
+    shown = watch.draw(view, "title", "keys")
+    over = re.findall(r"\x1b\[(\d+);(\d+)H\| ([^\x1b]*)", shown)
+    text = [line.strip() for *_, line in over]
+    assert text[0] == "title" and text[-1] == "keys" and "step  1          turn  2" in text
+    for row, left, line in over:
+        right = int(left) + len(line) + 1
+        assert 1 < int(row) <= size[1] and right <= size[0]
+        assert column + 1 < int(left) or column + 1 > right
+    assert shown.endswith(f"\x1b[4;{column + 1}H")
+    assert "title" not in watch.draw(view, "title", "keys", with_panel=False)
+
+
 def test_names_of_actions():
     names = [watch.action_name(action) for action in range(pomdp.NUM_ACTIONS)]
     assert (
@@ -249,9 +270,9 @@ def test_frames_as_text(checkpoint, evaluated):
 
 # --- the terminal
 class Session:
-    """The script on a pseudo-terminal of 120 x 24."""
+    """The script, or another command, on a pseudo-terminal of 120 x 24."""
 
-    def __init__(self, *arguments, folder):
+    def __init__(self, *arguments, folder, command=(sys.executable, str(SCRIPT))):
         self.text = ""
         self.pid, self.file = pty.fork()
         if self.pid == 0:
@@ -261,10 +282,10 @@ class Session:
             for name in ("COLUMNS", "LINES"):  # the terminal's own size counts
                 environment.pop(name, None)
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-            line = [sys.executable, str(SCRIPT), *map(str, arguments)]
+            line = [*command, *map(str, arguments)]
             # given, since readline, which pytest loads, sets COLUMNS where os.environ does not see
             # it
-            os.execve(sys.executable, line, environment)
+            os.execve(line[0], line, environment)
 
     def until(self, pattern):
         end = time.monotonic() + LIMIT_S
@@ -280,11 +301,12 @@ class Session:
         self.text = ""
         os.write(self.file, keys.encode())
 
+    def takes_lines(self):
+        return bool(termios.tcgetattr(self.file)[3] & termios.ICANON)
+
     def end(self):
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        assert termios.tcgetattr(self.file)[3] & termios.ICANON, (
-            "the terminal takes keys without Enter"
-        )
+        assert self.takes_lines(), "the terminal takes keys without Enter"
         os.close(self.file)
         return code
 
@@ -306,6 +328,26 @@ def test_keys(tmp_path, checkpoint):
         session.until(shown)
     assert "\x1b[?1049l" in session.text and session.end() == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(tmp_path, recorded):
+    """From a shell, which can make it go on; what was shown is drawn again."""
+    session = Session("-i", folder=tmp_path, command=["/bin/sh"])
+    session.press(f"'{sys.executable}' '{SCRIPT}' --game '{recorded[0]}' --speed 0.1\n")
+    session.until("steps/s")
+    for _ in range(2):
+        session.press("\x1a")
+        session.until(r"(?s)\x1b\[\?1049l.*Stopped")
+        assert session.takes_lines()
+        session.press("fg\n")
+        session.until(r"(?s)\x1b\[\?1049h.*step  0 .*steps/s")
+        assert not session.takes_lines()
+    session.press("p")
+    session.until(r"\x1b\[H((?!steps/s)[\s\S])*\x1b\[J\x1b\[\d+;\d+H")  # a screen without it
+    session.press("q")
+    session.until("not at its end")
+    session.press("exit\n")
+    assert session.end() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -12,16 +12,19 @@ step of the game. A game that was saved and restored has several files. It is ov
 file ends: humans leave no pages that NLE answers, so its last frame is one after a cut.
 
 NLE's converter draws IBM and DEC line graphics as ASCII, as the game without them would, and leaves
-out the last write of a file. It does not know colours by number (ESC[38;5;3m, from 2019 on):
+out the last write of a file. Of a file of several bz2 streams it reads the first alone, which
+`read_parts` makes good. It does not know colours by number (ESC[38;5;3m, from 2019 on):
 `plain_copy` makes a file that has them, and the last write.
 """
 
 import bisect
 import bz2
+import contextlib
 import itertools
 import re
 import struct
 import sys
+import tempfile
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -183,6 +186,11 @@ def place(
 
 
 # --- reading recordings
+# A bz2 stream's beginning: with blocks, or an empty one.
+STREAM = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
+MOST_UNREADABLE = 5  # cells of a map, as the mean over frames
+
+
 class Part(NamedTuple):
     """Consecutive frames of a recording. The arrays are filled anew with the next part."""
 
@@ -199,6 +207,15 @@ def read_parts(path: Path, version: int = 1, size: int = PART) -> Iterator[Part]
 
     Raises OSError or RuntimeError where it cannot be read.
     """
+    if len(STREAM.findall(Path(path).read_bytes())) > 1:  # NLE would read the first alone
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "one_stream.bz2"
+            whole = contextlib.suppress(EOFError)  # or what there is of it
+            with bz2.open(path) as several, bz2.open(copy, "wb", compresslevel=1) as one, whole:
+                for content in iter(several.read1, b""):
+                    one.write(content)
+            yield from read_parts(copy, version, size)
+        return
     decoder = converter.Converter(ROWS, COLS, version)
     decoder.load_ttyrec(str(path), gameid=1, part=0)
     arrays = Part(
@@ -216,6 +233,18 @@ def read_parts(path: Path, version: int = 1, size: int = PART) -> Iterator[Part]
         np.minimum(arrays.cursor, (ROWS - 1, COLS - 1), out=arrays.cursor)
         if remaining < size:
             yield Part(*[array[: size - remaining] for array in arrays])
+
+
+def count_unreadable(chars: np.ndarray) -> int:
+    """Cells of maps [n, 24, 80] that the converter could not draw as ASCII, such as the bytes of
+    UTF-8."""
+    return int((chars[:, 1 : ROWS - 2] > 126).sum())
+
+
+def check_map(unreadable: int, frames: int) -> None:
+    """Raises GameError where so many cells of so many maps are more than players' own words."""
+    if unreadable > MOST_UNREADABLE * frames:
+        raise GameError("its map is neither ASCII nor IBM 437 or DEC line graphics")
 
 
 def read_game(game: Game, size: int = PART) -> Iterator[Part]:

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from shared import read_rows, read_table
+from shared import BAD_TABLE, read_rows, read_table
 
 import custom_nethack_pomdp as pomdp
 from custom_nethack_pomdp import UserError
@@ -47,10 +47,17 @@ class KeptGame(NamedTuple):
 
 
 def read_facts(path: Path) -> Dict[str, Dict[str, str]]:
-    """games.csv -> {number: line}."""
+    """games.csv -> {number: line}; none, with a warning, where it cannot be read."""
     if not path.exists():
         return {}
-    return {line["game"]: line for line in read_table(path)}
+    try:
+        facts = {line["game"]: line for line in read_table(path)}
+        for line in facts.values():
+            float(line["score"])  # games are sorted by it
+        return facts
+    except BAD_TABLE as error:
+        pomdp.warn(f"{path} cannot be read, so its games have no results: {error!r}")
+        return {}
 
 
 def kept_games(folder: Path, every_evaluation: bool) -> List[KeptGame]:

@@ -32,6 +32,10 @@ COLUMNS = {
 }
 
 
+# What a table that was changed by other hands may raise when it is read.
+BAD_TABLE = (csv.Error, KeyError, TypeError, ValueError)
+
+
 class Parser(argparse.ArgumentParser):
     """Its help is the script's docstring; a mistake is one line, as everywhere."""
 
@@ -85,9 +89,12 @@ def read_rows(path: Path) -> List[Row]:
 
 
 def read_table(path: Path) -> List[Dict[str, str]]:
-    """Lines of a .csv file with a header, each {column: text}. Raises OSError."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Lines of a .csv file with a header, each {column: text}; also as spreadsheets save it, with a
+    byte-order mark or semicolons. Raises OSError, and BAD_TABLE where it is none."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        return list(csv.DictReader(file, delimiter=";" if ";" in header else ","))
 
 
 def newest_games(folder: Path) -> Dict[str, Path]:
@@ -115,7 +122,7 @@ def read_games(paths: Mapping[str, Path]) -> Row:
                 if column == "score" or (games and column in games[0]):
                     values = [kind(game[column]) for game in games]
                     found.setdefault(column.rstrip("s") + "s", {})[character] = values
-        except (KeyError, TypeError, ValueError):
+        except BAD_TABLE:
             raise UserError(f"{path} is damaged: a line without score or end") from None
     return found
 
