@@ -3402,6 +3402,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     loader: ChunkLoader
     heldout: Optional[ChunkLoader]  # None without held-out games
+    submission_sha256: str  # of the file as it was loaded
     folder: Path = Path()
     progress: Progress = field(default_factory=Progress)
     rnn_states: Any = field(default_factory=dict)
@@ -3444,6 +3445,7 @@ def make_run(config: TrainConfig) -> Run:
         optimizer=make_optimizer(algorithm.model, config),
         loader=loader,
         heldout=heldout,
+        submission_sha256=hash_of_submission(config),
     )
 
 
@@ -3500,7 +3502,7 @@ def save_run(run: Run) -> None:
         "rnn_states": rnn_states,
         "progress": asdict(run.progress),
         "settings": json.dumps(fixed_settings(run)),
-        "submission_sha256": hash_of_submission(run.config),
+        "submission_sha256": run.submission_sha256,
     }
     last = run.folder / "last.pt"
     following = run.folder / "next.pt"
@@ -3528,7 +3530,7 @@ def load_run(run: Run, content: Dict[str, Any]) -> None:
             raise UserError(
                 f"cannot resume: {name} was {was} and is {value}; begin without --resume"
             )
-    if content["submission_sha256"] != hash_of_submission(run.config):
+    if content["submission_sha256"] != run.submission_sha256:
         warn(f"{run.config.submission} has changed since this run was saved")
     for name, module in modules_of(run.algorithm).items():
         module.load_state_dict(content["algorithm"][name])

@@ -36,13 +36,11 @@ def run_script(name: str, *arguments: Any) -> None:
 
 def loss_before_training(config: TrainConfig) -> float:
     """Held-out loss of a fresh network, in nats per action."""
-    device = pomdp.choose_device(config)
-    _, heldout = pomdp.load_data(config)
-    if heldout is None:
+    run = pomdp.make_run(config)
+    if run.heldout is None:
         raise UserError("no game is held out: give a larger --heldout_share")
-    pomdp.set_seed(config.train_seed)
-    algorithm = pomdp.start_algorithm(config, device)
-    metrics = pomdp.evaluate_heldout(algorithm, heldout, config.eval_heldout_frames, device)
+    frames = config.eval_heldout_frames
+    metrics = pomdp.evaluate_heldout(run.algorithm, run.heldout, frames, run.device)
     return metrics["loss_per_action"]
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -36,15 +36,12 @@ COLUMNS = {
 BAD_TABLE = (csv.Error, KeyError, TypeError, ValueError)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(pomdp.SettingsParser):
     """Its help is the script's docstring; a mistake is one line, as everywhere."""
 
     def __init__(self, text: Optional[str]) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(description=text, formatter_class=layout)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
     def run(
         self,
